@@ -1,0 +1,158 @@
+"""Operating points out of a transform and sampled caches: step and tables (kvtc), bit allocation (paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from dynamo_kvtc.calibrate.allocate import fit_paper_part, paper_unit
+from dynamo_kvtc.calibrate.collect import CacheSample, Part, Progress
+from dynamo_kvtc.calibrate.covariance import eigenbasis
+from dynamo_kvtc.calibrate.solve import solve_step
+from dynamo_kvtc.calibrate.tables import PointTables, fit_tables
+from dynamo_kvtc.codec.artifact import Point
+from dynamo_kvtc.codec.kvtc import overhead_bits_per_token
+from dynamo_kvtc.ops.project import BASIS_BITS, INPUT_MAX, quantise_basis
+from dynamo_kvtc.ops.quantize import INPUT_BITS
+from dynamo_kvtc.types import RopeSpec
+
+_SOLVE_TOKENS = 2048
+"""Tokens on which the step is searched; the tables at the step found use all of the sample."""
+
+
+@dataclass
+class KvtcTransform:
+    """One part's transform: x -> ((x - mean) * scale) @ basis. basis: int16 fixed point [P, R]."""
+
+    part: Part
+    mean: Tensor
+    scale: Tensor
+    basis: Tensor
+
+    @classmethod
+    def fit(cls, part: Part, mean: Tensor, covariance: Tensor, scale: Tensor, rank: int) -> KvtcTransform:
+        """PCA of the scaled channels. covariance float32 [P, P] is overwritten."""
+        basis, _ = eigenbasis(covariance.mul_(scale[:, None]).mul_(scale), min(rank, len(mean)))
+        return cls(part, mean, scale, quantise_basis(basis))
+
+    def coefficients(self, rows: Tensor) -> Tensor:
+        """float32 [n, R] of rows float32 [n, P]."""
+        return ((rows - self.mean) * self.scale) @ self.basis.float() * 2.0**-BASIS_BITS
+
+
+@dataclass
+class KvtcPoints:
+    """Operating points of all ranks over one set of transforms; ``add`` solves one more."""
+
+    transforms: list[KvtcTransform]
+    coefficients: list[Tensor]
+    raw_bits_per_token: int
+    block_tokens: int
+    points: list[Point] = field(default_factory=list)
+    fitted: list[list[PointTables]] = field(default_factory=list)
+
+    @classmethod
+    def sample(
+        cls, transforms: list[KvtcTransform], sample: CacheSample, rope: RopeSpec, raw_bytes_per_token: int,
+        block_tokens: int,
+    ) -> KvtcPoints:  # fmt: skip
+        coefficients = [t.coefficients(sample.rows(t.part, rope)) for t in transforms]
+        return cls(transforms, coefficients, 8 * raw_bytes_per_token, block_tokens)
+
+    @property
+    def ranks(self) -> int:
+        return self.transforms[-1].part.rank + 1
+
+    def fit(self, step: float, tokens: int | None = None) -> list[PointTables]:
+        """Tables of every rank at this step."""
+        stride = 1 if tokens is None else max(1, len(self.coefficients[0]) // tokens)
+        by_rank = [
+            [y[::stride] for t, y in zip(self.transforms, self.coefficients, strict=True) if t.part.rank == rank]
+            for rank in range(self.ranks)
+        ]
+        return [fit_tables(coefficients, step) for coefficients in by_rank]
+
+    def ratio(self, tables: list[PointTables]) -> float:
+        """Coded tokens' ratio of these tables, record headers included."""
+        overhead = overhead_bits_per_token(len(tables[0].bits), self.block_tokens)
+        return self.raw_bits_per_token / sum(sum(t.bits) + overhead for t in tables)
+
+    def reachable(self) -> tuple[float, float]:
+        """Smallest and largest sensible step: inputs must fit the fixed point, and something must be left to code."""
+        spread = max(float(y.abs().max()) for y in self.coefficients)
+        # A channel holds a small part of a coefficient that spreads over all of them: a quarter is a safe bound.
+        return spread * 2**INPUT_BITS / INPUT_MAX / 4, spread
+
+    def solve(self, ratio: float) -> float:
+        """The step for a ratio. Raises UnreachableTargetError."""
+        guess = self.points[-1].step if self.points else None
+        return solve_step(lambda step: self.ratio(self.fit(step, _SOLVE_TOKENS)), ratio, *self.reachable(), guess)
+
+    def trial(self, name: str, step: float) -> KvtcPoints:
+        """The same transforms with this one point."""
+        alone = replace(self, points=[], fitted=[])
+        alone.add(name, step)
+        return alone
+
+    def add(self, name: str, step: float) -> None:
+        tables = self.fit(step)
+        self.fitted.append(tables)
+        self.points.append(Point(name=name, step=step, expected_ratio=self.ratio(tables)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The artifact's tensors, the basis trimmed to the components that live at some point."""
+        out: dict[str, Tensor] = {}
+        for t in self.transforms:
+            rank, group = t.part.rank, t.part.group
+            prefix = f"rank{rank}.group{group}"
+            live = max(len(tables[rank].classes[group]) for tables in self.fitted)
+            out[f"{prefix}.mean"], out[f"{prefix}.weight"] = t.mean, t.scale
+            out[f"{prefix}.basis"] = t.basis[:, : max(live, 1)].contiguous()
+            for i, tables in enumerate(self.fitted):
+                out[f"{prefix}.point{i}.classes"] = torch.from_numpy(tables[rank].classes[group])
+                out[f"{prefix}.point{i}.error"] = torch.tensor([tables[rank].error[group]], dtype=torch.float32)
+        for i, tables in enumerate(self.fitted):
+            for rank, fit in enumerate(tables):
+                prefix = f"rank{rank}.point{i}"
+                out[f"{prefix}.frequencies"] = torch.from_numpy(fit.tables.frequencies)
+                out[f"{prefix}.shift"] = torch.from_numpy(fit.tables.shift)
+                out[f"{prefix}.rounding"] = torch.from_numpy(fit.rounding)
+                out[f"{prefix}.centroid"] = torch.from_numpy(fit.centroid)
+        return out
+
+
+def fit_paper(
+    part: Part, mean: Tensor, covariance: Tensor, sample: Callable[[Part], Tensor], ratios: tuple[float, ...],
+    max_rank: int, progress: Progress,
+) -> tuple[dict[str, Tensor], list[float]]:  # fmt: skip
+    """One part's tensors for profile paper, K and V apart, and the bits per token it spends at each ratio."""
+    out: dict[str, Tensor] = {}
+    prefix = f"rank{part.rank}.group{part.group}"
+    half = part.channels // 2
+    # Every kept component costs at least 2 of the 16 * half / ratio bits.
+    rank = min(half, max_rank, int(8 * half / min(ratios)))
+    rows = sample(part)
+    errors = torch.zeros(len(ratios))
+    bits = [0.0] * len(ratios)
+    for i, (name, columns) in enumerate((("k", slice(0, half)), ("v", slice(half, None)))):
+        progress(f"bit allocation, layer group {part.group}", i / 2)
+        block = covariance[columns, columns].clone()
+        unit = paper_unit(block.diagonal().clone())
+        basis = quantise_basis(eigenbasis(block, rank)[0])
+        fits = fit_paper_part(rows[:, columns].contiguous(), mean[columns].contiguous(), basis, unit, ratios)
+        live = max(int(fit.sizes.sum()) for fit in fits)
+        out[f"{prefix}.{name}.mean"] = mean[columns].contiguous()
+        out[f"{prefix}.{name}.unit"] = torch.tensor([unit], dtype=torch.float32)
+        out[f"{prefix}.{name}.basis"] = basis[:, :live].contiguous()
+        for p, fit in enumerate(fits):
+            out[f"{prefix}.point{p}.{name}.sizes"] = fit.sizes
+            out[f"{prefix}.point{p}.{name}.types"] = fit.types
+            errors[p] += fit.mse
+            bits[p] += fit.bits
+    for p in range(len(ratios)):
+        out[f"{prefix}.point{p}.error"] = errors[p : p + 1].clone()
+    progress(f"bit allocation, layer group {part.group}", 1.0)
+    return out, bits

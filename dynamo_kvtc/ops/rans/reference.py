@@ -1,0 +1,144 @@
+"""rANS lanes in numba, threaded over tokens."""
+
+# numba's decorators hide the types of what they wrap.
+# mypy: disable-error-code="misc"
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+_BITS = 12
+_MASK = np.uint32((1 << _BITS) - 1)
+_LOW = np.uint32(1 << 16)
+_WORD = np.uint32(0xFFFF)
+_CHUNK_LANES = 4096
+
+
+def encode(symbols, classes, frequencies, starts, shift, alphabet):
+    lanes, rank = symbols.shape
+    # Worst case per symbol: one word for its table part and one for its raw bits.
+    width = 2 * rank + 2
+    lengths = np.zeros(lanes, dtype=np.int64)
+    parts = []
+    for first in range(0, lanes, _CHUNK_LANES):
+        chunk = symbols[first : first + _CHUNK_LANES]
+        buffer = np.empty((len(chunk), width), dtype=np.uint16)
+        _encode(chunk, classes, frequencies, starts, shift, alphabet, buffer, lengths[first : first + _CHUNK_LANES])
+        parts.extend(row[width - n :] for row, n in zip(buffer, lengths[first : first + _CHUNK_LANES], strict=True))
+    words = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint16)
+    return words, lengths
+
+
+def decode(words, lengths, classes, frequencies, starts, slots, shift, alphabet):
+    offsets = np.cumsum(lengths) - lengths
+    symbols = np.empty((len(lengths), len(classes)), dtype=np.int16)
+    bad = np.zeros(len(lengths), dtype=np.bool_)
+    _decode(words, offsets, lengths, classes, frequencies, starts, slots, shift, alphabet, symbols, bad)
+    return symbols, bad
+
+
+def cross_entropy(symbols, classes, frequencies, shift, alphabet):
+    with np.errstate(divide="ignore"):
+        cost = np.where(frequencies > 0, _BITS - np.log2(np.maximum(frequencies, 1)), np.inf) + shift[:, None]
+    # The escape carries 16 raw bits of its own in place of the class's low bits.
+    cost[:, -1] += 16.0 - shift
+    return _cross_entropy(symbols, classes, cost, shift, alphabet)
+
+
+@njit(parallel=True, cache=True)
+def _encode(symbols, classes, frequencies, starts, shift, alphabet, buffer, lengths):
+    lanes, rank = symbols.shape
+    width = buffer.shape[1]
+    escape = frequencies.shape[1] - 1
+    for lane in prange(lanes):
+        x = _LOW
+        p = width
+        for j in range(rank - 1, -1, -1):
+            c = classes[j]
+            s = np.uint32(shift[c])
+            q = np.int32(symbols[lane, j])
+            a = (q >> np.int32(s)) + alphabet
+            if a < 0 or a >= escape or frequencies[c, a] == 0:
+                a = escape
+                p -= 1
+                buffer[lane, p] = np.uint16(x & _WORD)
+                x = np.uint32((x & ~_WORD) | (np.uint32(q) & _WORD))
+            elif s > 0:
+                if (x >> np.uint32(32 - s)) > 0:
+                    p -= 1
+                    buffer[lane, p] = np.uint16(x & _WORD)
+                    x = np.uint32(x >> np.uint32(16))
+                x = np.uint32((x << s) | (np.uint32(q) & np.uint32((np.uint32(1) << s) - 1)))
+            f = np.uint32(frequencies[c, a])
+            # Renormalise if x >= f * 2**20, the largest state that coding a would keep below 2**32.
+            if (x >> np.uint32(20)) >= f:
+                p -= 1
+                buffer[lane, p] = np.uint16(x & _WORD)
+                x = np.uint32(x >> np.uint32(16))
+            quotient = np.uint32(x // f)
+            x = np.uint32((quotient << np.uint32(_BITS)) + (x - quotient * f) + np.uint32(starts[c, a]))
+        p -= 1
+        buffer[lane, p] = np.uint16(x & _WORD)
+        p -= 1
+        buffer[lane, p] = np.uint16(x >> np.uint32(16))
+        lengths[lane] = width - p
+
+
+@njit(parallel=True, cache=True)
+def _decode(words, offsets, lengths, classes, frequencies, starts, slots, shift, alphabet, symbols, bad):
+    lanes, rank = symbols.shape
+    escape = frequencies.shape[1] - 1
+    for lane in prange(lanes):
+        p = offsets[lane]
+        end = p + lengths[lane]
+        x = np.uint32((np.uint32(words[p]) << np.uint32(16)) | np.uint32(words[p + 1]))
+        p += 2
+        ok = x >= _LOW
+        for j in range(rank):
+            c = classes[j]
+            slot = np.uint32(x & _MASK)
+            a = np.int32(slots[c, slot])
+            x = np.uint32(
+                np.uint32(frequencies[c, a]) * (x >> np.uint32(_BITS)) + slot - np.uint32(starts[c, a])
+            )
+            if x < _LOW:
+                if p >= end:
+                    ok = False
+                    break
+                x = np.uint32((x << np.uint32(16)) | np.uint32(words[p]))
+                p += 1
+            s = np.uint32(shift[c])
+            if a == escape:
+                if p >= end:
+                    ok = False
+                    break
+                symbols[lane, j] = np.int16(np.uint16(x & _WORD))
+                x = np.uint32((x & ~_WORD) | np.uint32(words[p]))
+                p += 1
+            elif s > 0:
+                low = np.int32(x & np.uint32((np.uint32(1) << s) - 1))
+                x = np.uint32(x >> s)
+                if x < _LOW:
+                    if p >= end:
+                        ok = False
+                        break
+                    x = np.uint32((x << np.uint32(16)) | np.uint32(words[p]))
+                    p += 1
+                symbols[lane, j] = np.int16(((a - alphabet) << np.int32(s)) + low)
+            else:
+                symbols[lane, j] = np.int16(a - alphabet)
+        bad[lane] = (not ok) or x != _LOW or p != end
+
+
+@njit(cache=True)
+def _cross_entropy(symbols, classes, cost, shift, alphabet):
+    escape = cost.shape[1] - 1
+    total = 0.0
+    for lane in range(symbols.shape[0]):
+        for j in range(symbols.shape[1]):
+            c = classes[j]
+            a = (np.int32(symbols[lane, j]) >> np.int32(shift[c])) + alphabet
+            if a < 0 or a >= escape or cost[c, a] == np.inf:
+                a = escape
+            total += cost[c, a]
+    return total

@@ -1,0 +1,184 @@
+"""Synthetic artifacts and K/V that the tests share, and the seed of a test's random data."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Artifact, Manifest, Point, load_artifact, save_artifact
+from dynamo_kvtc.codec.channels import split_rows
+from dynamo_kvtc.ops import project, quantize, rans
+from dynamo_kvtc.ops.rope import apply_rope
+from dynamo_kvtc.types import KVShape, ModelIdentity, RopeSpec
+
+ALPHABET = 15
+CLASSES = 8
+ROUNDING = 0.4
+CENTROID = 0.1
+NOISE = 2.0**-7
+"""Standard deviation of what no component holds, in the scaled domain."""
+
+POINTS = (("fine", 0.02), ("coarse", 0.25))
+
+
+def fresh_seed() -> int:
+    """A new seed, printed: pytest shows it if the test fails. KVTC_TEST_SEED=<number> repeats it."""
+    seed = int(os.environ.get("KVTC_TEST_SEED", "0")) or secrets.randbits(32)
+    print(f"seed: KVTC_TEST_SEED={seed}")
+    return seed
+
+
+def default_rope(shape: KVShape) -> RopeSpec:
+    pairs = shape.head_dim // 2
+    return RopeSpec(tuple(10000.0 ** (-i / pairs) for i in range(pairs)))
+
+
+def make_artifact(
+    shape: KVShape,
+    rope: RopeSpec | None = None,
+    groups: Sequence[tuple[int, int]] | None = None,
+    points: Sequence[tuple[str, float]] = POINTS,
+    tp_size: int = 1,
+    seed: int = 0,
+    components: int = 48,
+    block_tokens: int = 16,
+) -> tuple[Manifest, dict[str, Tensor], Artifact]:
+    """A kvtc artifact of random numbers, saved and opened: its manifest, its tensors, rank 0's view.
+
+    Components' standard deviations decay from about 8 to 0.05 in the scaled domain, so a step of 0.02 makes symbols
+    of several hundreds (classes with shifts) and a step of 0.25 keeps fewer components live.
+    """
+    generator = np.random.default_rng(seed)
+    groups = tuple(groups or ((0, shape.layers),))
+    heads = shape.kv_heads // tp_size
+    tensors: dict[str, Tensor] = {}
+    sigmas: dict[str, list[float]] = {}
+    for rank in range(tp_size):
+        for g, (start, end) in enumerate(groups):
+            channels = 2 * (end - start) * heads * shape.head_dim
+            count = min(components, channels)
+            basis, _ = np.linalg.qr(generator.standard_normal((channels, count)))
+            sigma = 8.0 * np.exp(-np.linspace(0.0, math.log(160.0), count)) * generator.uniform(0.8, 1.2, count)
+            sigma = np.sort(sigma)[::-1]
+            name = f"rank{rank}.group{g}"
+            sigmas[name] = sigma.tolist()
+            weight = np.exp(generator.normal(0.0, 0.5, channels))
+            tensors[f"{name}.mean"] = _float(generator.normal(0.0, 0.5, channels) / weight)
+            tensors[f"{name}.weight"] = _float(weight)
+            tensors[f"{name}.basis"] = project.quantise_basis(torch.from_numpy(np.ascontiguousarray(basis)))
+            for p, (_, step) in enumerate(points):
+                live = sigma[sigma > 0.3 * step]
+                tensors[f"{name}.point{p}.classes"] = torch.from_numpy(_classes(live / step))
+                lost = np.minimum(sigma**2, step**2 / 12).sum() + channels * NOISE**2
+                tensors[f"{name}.point{p}.error"] = _float(np.array([lost / step**2]))
+        for p, (_, step) in enumerate(points):
+            frequencies, shift = laplace_tables(8.0 / step)
+            tensors[f"rank{rank}.point{p}.frequencies"] = torch.from_numpy(frequencies)
+            tensors[f"rank{rank}.point{p}.shift"] = torch.from_numpy(shift)
+            tensors[f"rank{rank}.point{p}.rounding"] = torch.full(
+                (CLASSES,), int(ROUNDING * 2**quantize.FRACTION_BITS), dtype=torch.int32
+            )
+            tensors[f"rank{rank}.point{p}.centroid"] = torch.full((CLASSES,), CENTROID)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        profile="kvtc",
+        model=ModelIdentity("synthetic/model", "r1", "00" * 32, "SyntheticForCausalLM"),
+        shape=shape,
+        rope=rope or default_rope(shape),
+        tp_size=tp_size,
+        block_tokens=block_tokens,
+        groups=groups,
+        points=tuple(Point(name, step, 10.0) for name, step in points),
+        calibration={"synthetic": {"seed": seed, "sigma": sigmas}},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "artifact.safetensors"
+        manifest = save_artifact(path, manifest, tensors)
+        return manifest, tensors, load_artifact(path)
+
+
+def class_scales(largest: float) -> np.ndarray:
+    """Laplace scale of each class, in steps: geometric from 0.15 to ``largest``."""
+    return np.geomspace(0.15, max(largest, 0.3), CLASSES)
+
+
+def laplace_tables(largest: float) -> tuple[np.ndarray, np.ndarray]:
+    """frequencies uint16 [CLASSES, 2 * ALPHABET + 2] and shift uint8 [CLASSES]: wide classes leave low bits raw."""
+    rows, shifts = [], []
+    for scale in class_scales(largest):
+        shift = max(0, math.ceil(math.log2(max(8.0 * scale / ALPHABET, 1.0))))
+        edges = (np.arange(-ALPHABET, ALPHABET + 2) * 2.0**shift) - 0.5
+        below = np.where(edges < 0, 0.5 * np.exp(edges / scale), 1 - 0.5 * np.exp(-np.abs(edges) / scale))
+        mass = np.diff(below)
+        rows.append(counts_of(np.append(mass, max(1 - mass.sum(), 0.0))))
+        shifts.append(shift)
+    return np.stack(rows), np.array(shifts, dtype=np.uint8)
+
+
+def counts_of(mass: np.ndarray) -> np.ndarray:
+    """uint16 counts that sum to 4096, the last (escape) at least 1, symbols of next to no mass 0."""
+    counts = np.floor(mass / mass.sum() * rans.PROBABILITY_TOTAL).astype(np.int64)
+    counts[-1] = max(counts[-1], 1)
+    counts[int(counts.argmax())] += rans.PROBABILITY_TOTAL - counts.sum()
+    return counts.astype(np.uint16)
+
+
+def random_kv(artifact: Artifact, tokens: int, seed: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """K (after RoPE) and V [L, H, T, D] that follow the artifact's spectrum, in its cache dtype.
+
+    positions: int64 [T], default 0, 1, 2, ...
+    """
+    generator = np.random.default_rng(seed)
+    shape = artifact.shape
+    positions = torch.arange(tokens) if positions is None else positions
+    ks, vs = [], []
+    for g, (start, end) in enumerate(artifact.manifest.groups):
+        name = f"group{g}"
+        sigma = np.array(artifact.manifest.calibration["synthetic"]["sigma"][f"rank{artifact.rank}.{name}"])
+        channels = 2 * (end - start) * shape.kv_heads * shape.head_dim
+        basis = artifact.tensor(f"{name}.basis", torch.int16, channels, -1).numpy() * 2.0**-project.BASIS_BITS
+        z = generator.laplace(0.0, sigma / math.sqrt(2.0), (tokens, len(sigma)))
+        rows = z @ basis.T + generator.normal(0.0, NOISE, (tokens, channels))
+        weight = artifact.tensor(f"{name}.weight", torch.float32, channels).numpy()
+        rows = rows / weight + artifact.tensor(f"{name}.mean", torch.float32, channels).numpy()
+        k, v = split_rows(_float(rows), end - start, shape.kv_heads, shape.head_dim)
+        ks.append(apply_rope(k, positions, artifact.manifest.rope))
+        vs.append(v)
+    return torch.cat(ks).to(shape.torch_dtype).contiguous(), torch.cat(vs).to(shape.torch_dtype).contiguous()
+
+
+def gapped_positions(tokens: int, seed: int, first: int = 0) -> Tensor:
+    """int64 [T], rising, with at least one gap where there are two tokens."""
+    steps = np.random.default_rng(seed).integers(1, 9, tokens)
+    steps[0] = 0
+    if tokens > 1:
+        steps[-1] += 2
+    return torch.from_numpy(first + np.cumsum(steps))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal shapes, dtypes and bits: NaN equals the same NaN, and -0.0 differs from 0.0."""
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    )
+
+
+def _classes(scaled_sigma: np.ndarray) -> np.ndarray:
+    """uint8 [R]: the class whose scale is nearest to each live component's."""
+    scales = class_scales(float(scaled_sigma.max(initial=1.0)))
+    distance = np.abs(np.log(scaled_sigma[:, None] / math.sqrt(2.0)) - np.log(scales))
+    return distance.argmin(axis=1).astype(np.uint8)
+
+
+def _float(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x)).to(torch.float32)
