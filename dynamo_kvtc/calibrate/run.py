@@ -187,5 +187,5 @@ def _provenance(texts: CalibrationTexts, config: CalibrationConfig) -> dict[str,
         "fisher_sequences": min(config.fisher_sequences, len(texts.fit)) if config.profile == "kvtc" else 0,
         "ridge": config.ridge,
         "seed": config.seed,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }

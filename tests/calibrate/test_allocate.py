@@ -34,7 +34,10 @@ def bits_of(sizes: list[int], types: list[int]) -> int:
 
 
 def brute_force(x: Tensor, sizes: tuple[int, ...], budget_bits: int) -> float:
-    """Least squared error over every way to cut the components into runs, the last left out included."""
+    """Least squared error over every way to cut the components into runs, any of them left out.
+
+    Under the one rule ``allocate`` states: the budget bears a quantised run with all components before it at 2 bits.
+    """
     components = x.shape[1]
     energy = x.double().square().sum(dim=0)
     memo: dict[tuple[int, int, int], float] = {}
@@ -52,7 +55,7 @@ def brute_force(x: Tensor, sizes: tuple[int, ...], budget_bits: int) -> float:
                 continue
             for kind in (0, 1, 2, 3):
                 cost = bits_of([size], [kind])
-                if cost <= left:
+                if cost <= left and (not kind or 2 * start + cost <= budget_bits):
                     found = min(found, run(start, size, kind) + best(start + size, left - cost))
         return found
 

@@ -44,7 +44,7 @@ class Source:
         self.generator = np.random.default_rng(seed)
         self.shape, self.rope = shape, default_rope(shape)
         edges = np.linspace(0, shape.layers, groups + 1).astype(int).tolist()
-        self.groups = tuple(zip(edges[:-1], edges[1:], strict=True))
+        self.groups = tuple((edges[i], edges[i + 1]) for i in range(groups))
         self.tensors: dict[str, Tensor] = {}
         self.parts: dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         for g, (start, end) in enumerate(self.groups):
@@ -153,7 +153,7 @@ def test_reported_error_is_the_decoded_error(source: Source) -> None:
 
 def test_rate_never_exceeds_the_nominal_budget(source: Source) -> None:
     s = source.shape
-    k, v, positions = source.kv(64)
+    k, v, _ = source.kv(64)
     for i, ratio in enumerate(RATIOS):
         profile = PaperProfile(source.artifact, i)
         symbols, _ = profile.quantise(0, k.float(), v.float())

@@ -43,12 +43,14 @@ def test_exact_tokens_are_untouched_and_the_others_are_near(which: str, request:
         out_k, out_v, spent = codec.run(k, v, positions, mask)
         for x, y in ((k, out_k), (v, out_v)):
             assert same_bits(x[:, :, mask], y[:, :, mask]), codec.name
-            assert y.dtype == x.dtype and y.shape == x.shape
+            assert y.dtype == x.dtype
+            assert y.shape == x.shape
             relative = float((y - x).float().square().mean() / x.float().square().mean())
             assert 0 < relative < 0.2 or codec.name == "raw", (codec.name, relative)
         assert spent.coded_tokens + spent.exact_tokens == TOKENS
         assert spent.exact.policy == 8
-    assert same_bits(k, before[0]) and same_bits(v, before[1]), "a codec wrote into its input"
+    assert same_bits(k, before[0]), "a codec wrote into its input"
+    assert same_bits(v, before[1]), "a codec wrote into its input"
 
 
 def test_raw_has_ratio_one_in_any_dtype(tiny: Tiny, tiny_bf16: Tiny) -> None:
@@ -104,7 +106,7 @@ def test_entropy_is_the_symbols_cost_under_the_tables(tiny: Tiny) -> None:
                 else:
                     bits += math.log2(4096 / row[-1]) + 16
     spent = RecordCodec("x", artifact, "30").run(k, v, positions, mask)[2]
-    assert spent.entropy_bits == pytest.approx(bits, rel=1e-9)
+    assert spent.entropy_bits == pytest.approx(bits, rel=1e-6)
     assert spent.bytes_over_entropy == pytest.approx(8 * spent.coded_bytes / bits)
     assert spent.bytes_over_entropy > 1
 
@@ -120,7 +122,8 @@ def test_ranks_code_their_own_heads(tiny: Tiny, tmp_path: Path) -> None:
         block = BlockCodec(artifact, "8")
         records = [b.record for b in block.encode_blocks(k[:, one], v[:, one], positions, mask)]
         want_k, want_v, _ = block.decode_blocks(records)
-        assert same_bits(out_k[:, one], want_k) and same_bits(out_v[:, one], want_v)
+        assert same_bits(out_k[:, one], want_k)
+        assert same_bits(out_v[:, one], want_v)
     assert spent.exact.policy == 2 * 8
     assert spent.raw_bytes + spent.exact_bytes == TOKENS * 3 * 2 * 2 * 8 * 2
     with pytest.raises(ConfigError, match="2 tensor-parallel rank"):
@@ -182,5 +185,5 @@ def test_missing_points_name_those_there_are(tiny: Tiny, text: str, message: str
 
 
 def test_a_missing_artifact_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="nothing.safetensors"):
+    with pytest.raises(ArtifactError, match=r"nothing\.safetensors"):
         open_artifacts([tmp_path / "nothing.safetensors"])

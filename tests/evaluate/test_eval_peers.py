@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -104,11 +106,11 @@ def test_peer_is_its_slow_reference(name: str, shape: tuple[int, ...]) -> None:
 
 
 def test_rounding_goes_to_the_even_code_on_ties_and_saturates() -> None:
-    limits = [(a + b) / 2 for a, b in zip(E2M1, E2M1[1:], strict=False)]
+    limits = [(a + b) / 2 for a, b in itertools.pairwise(E2M1)]
     x = torch.tensor([*E2M1, *limits, 5.0001, 7.0, 1e9])
     assert peers.to_e2m1(x).tolist() == [nearest(v, E2M1) for v in x.tolist()]
     assert peers.to_e2m1(-x).tolist() == [-nearest(v, E2M1) for v in x.tolist()]
-    y = torch.tensor([*E4M3, *[(a + b) / 2 for a, b in zip(E4M3, E4M3[1:], strict=False)], 449.0, 1e9])
+    y = torch.tensor([*E4M3, *[(a + b) / 2 for a, b in itertools.pairwise(E4M3)], 449.0, 1e9])
     assert peers.to_e4m3(y).tolist() == [nearest(v, E4M3) for v in y.tolist()]
 
 

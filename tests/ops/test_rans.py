@@ -126,9 +126,7 @@ def test_golden_words_with_raw_bits():
     words, lengths = rans.encode_lanes(np.array([[0, 0xABC]], np.int16), np.zeros(2, np.uint8), tables)
     assert [hex(w) for w in words] == ["0x100", "0x2002", "0xacc"]
     assert lengths.tolist() == [3]
-    np.testing.assert_array_equal(
-        rans.decode_lanes(words, lengths, np.zeros(2, np.uint8), tables), [[0, 0xABC]]
-    )
+    np.testing.assert_array_equal(rans.decode_lanes(words, lengths, np.zeros(2, np.uint8), tables), [[0, 0xABC]])
 
 
 @pytest.mark.parametrize(("words_hit", "caught_at_least"), [(1, 0.4), (8, 0.98)])
