@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dynamo_kvtc"
 
 # A room imports itself and rooms to its left. `__init__` is the package's own version number.
-ROOMS = ["__init__", "errors", "types", "config", "progress", "ops", "codec", "hf", "evaluate", "calibrate", "cli"]
+ROOMS = ["__init__", "errors", "types", "config", "progress", "ops", "codec", "hf", "evaluate", "calibrate", "demo", "cli"]
 
 # Third parties and the modules (path prefixes inside the package) that may import them.
 DOORS = {
@@ -23,12 +23,12 @@ DOORS = {
     "accelerate": ["hf/"],
     "datasets": ["hf/"],
     "huggingface_hub": ["hf/"],
-    "matplotlib": ["evaluate/plot.py", "cli/demo"],
+    "matplotlib": ["evaluate/plot.py", "demo/report.py"],
     "safetensors": ["codec/artifact.py", "hf/"],
     "msgspec": ["codec/", "calibrate/run.py", "cli/inspect.py"],
     "zlib": ["ops/deflate/", "codec/record.py"],
     "click": ["cli/", "progress"],
-    "rich": ["cli/", "progress", "evaluate/report.py"],
+    "rich": ["cli/", "progress", "evaluate/report.py", "demo/report.py"],
     "triton": ["ops/*/triton.py"],
     "nvidia": ["ops/deflate/"],
     "vllm": ["adapters/vllm"],

@@ -62,7 +62,10 @@ def allocate(coefficients: Tensor, channels: int, ratio: float, progress: Progre
 
 
 def allocate_many(
-    coefficients: Tensor, channels: int, ratios: Sequence[float], sizes: Sequence[int] = affine.SIZES,
+    coefficients: Tensor,
+    channels: int,
+    ratios: Sequence[float],
+    sizes: Sequence[int] = affine.SIZES,
     progress: Progress | None = None,
 ) -> list[Allocation]:
     """The best allocation for each ratio, from one table of errors and one programme.
@@ -86,9 +89,7 @@ def allocate_many(
     costs = [_cost_units(size, kind) for size, kind in kinds]
     energy = coefficients.double().square().sum(dim=0).cpu().numpy()
     table = _error_table(coefficients[:, :reach], kinds, costs, units, progress)
-    choice, best = programme.solve(
-        energy[:reach], table, np.array([size for size, _ in kinds]), np.array(costs), units
-    )
+    choice, best = programme.solve(energy[:reach], table, np.array([size for size, _ in kinds]), np.array(costs), units)
     if progress:
         progress(1.0)
 

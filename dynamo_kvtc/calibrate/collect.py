@@ -5,6 +5,7 @@ A rank of a tensor-parallel engine sees only its own heads, so rows and weights 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +21,9 @@ from dynamo_kvtc.types import KVShape, ModelIdentity, RopeSpec
 SINKS = 4
 """Tokens at the start of a sequence that calibration leaves out: they are always stored exact, and their outliers
 would claim the first components for themselves."""
+
+RECENT = 128
+"""Tokens before a continuation whose importance is not learnt from."""
 
 Progress = Callable[[str, float], None]
 """Called with the phase's name and the share of it that is done, 0 to 1."""
@@ -69,7 +73,7 @@ def split_layers(layers: int, groups: int) -> tuple[tuple[int, int], ...]:
     if not 1 <= groups <= layers:
         raise CalibrationError(f"{groups} layer groups asked of a model with {layers} layers; use 1 to {layers}")
     edges = [round(i * layers / groups) for i in range(groups + 1)]
-    return tuple(zip(edges[:-1], edges[1:], strict=True))
+    return tuple(itertools.pairwise(edges))
 
 
 @dataclass(frozen=True)
@@ -115,34 +119,70 @@ def sample_caches(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class TokenImportance:
+    """How much the tokens of one sequence matter.
+
+    context: int64 [Tc] ids; values: float32 [parts, n] at positions ``first`` to first + n - 1.
+    """
+
+    context: Tensor
+    first: int
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """k, v: float64 [L, H, D], E[g**2] of each channel of K (before RoPE) and V; tokens: importance of single tokens."""
+
+    k: Tensor
+    v: Tensor
+    tokens: list[TokenImportance]
+
+
 def fisher_weights(
-    model: CacheModel, sequences: Sequence[Tensor], continuation_tokens: int, seed: int, progress: Progress
-) -> tuple[Tensor, Tensor]:
-    """E[g**2] of each channel of K (before RoPE) and V: float64 [L, H, D] each.
+    model: CacheModel, sequences: Sequence[Tensor], parts: list[Part], continuation_tokens: int, seed: int,
+    progress: Progress,
+) -> Fisher:  # fmt: skip
+    """Fisher weights of the cache's channels, and the importance of tokens relative to them.
 
     g is the gradient of the model's log-likelihood of labels it sampled itself, over the last ``continuation_tokens``
     of each sequence, with respect to the cache of the tokens before them (the diagonal of the Fisher information).
+    A token's importance is the sum of g**2 / E[g**2] over a part's channels; the first quarter of the sequences gives
+    the E[g**2] for that, the rest are judged by it.
     """
     total_k = total_v = torch.zeros((), dtype=torch.float64, device=model.device)
-    tokens = 0
+    count = 0
     generator = torch.Generator().manual_seed(seed)
+    tokens: list[TokenImportance] = []
+    norms: tuple[Tensor, Tensor] | None = None
     for i, ids in enumerate(sequences):
         context, continuation = ids[:-continuation_tokens], ids[-continuation_tokens:]
-        gk, gv = model.fisher_gradients(context, continuation, generator)
-        total_k = total_k + gk[:, :, SINKS:].double().square().sum(dim=2)
-        total_v = total_v + gv[:, :, SINKS:].double().square().sum(dim=2)
-        tokens += len(context) - SINKS
+        gk, gv = (g[:, :, SINKS:].square() for g in model.fisher_gradients(context, continuation, generator))
+        if norms is not None:
+            # Recent tokens are read because they are recent; that says nothing of their worth later on.
+            end = gk.shape[2] - min(RECENT, gk.shape[2] // 4)
+            values = [
+                sum((g[p.layers, p.heads, :end] / w[p.layers, p.heads, None]).sum(dim=(0, 1, 3))
+                    for g, w in zip((gk, gv), norms, strict=True))
+                for p in parts
+            ]  # fmt: skip
+            tokens.append(TokenImportance(context, SINKS, torch.stack(values)))
+        total_k = total_k + gk.sum(dim=2, dtype=torch.float64)
+        total_v = total_v + gv.sum(dim=2, dtype=torch.float64)
+        count += gk.shape[2]
+        if norms is None and i + 1 >= len(sequences) / 4:
+            floor = 0.05 * float(total_k.mean() + total_v.mean()) / 2 / count
+            norms = ((total_k / count + floor).float(), (total_v / count + floor).float())
         progress("Fisher weights", (i + 1) / len(sequences))
-    return total_k / tokens, total_v / tokens
+    return Fisher(total_k / count, total_v / count, tokens)
 
 
-def channel_scale(weight_k: Tensor, weight_v: Tensor, part: Part, ridge: float) -> Tensor:
+def channel_scale(fisher: Fisher, part: Part, ridge: float) -> Tensor:
     """float32 [P]: square root of each channel's weight, with a ridge so that no channel is thrown away unseen.
 
     Weights are relative to the mean over the whole model, ranks and groups included, so one step serves them all.
     """
-    mean = (weight_k.mean() + weight_v.mean()) / 2
-    rows = join_rows(
-        weight_k[part.layers, part.heads].unsqueeze(2), weight_v[part.layers, part.heads].unsqueeze(2)
-    )[0]
+    mean = (fisher.k.mean() + fisher.v.mean()) / 2
+    rows = join_rows(*(w[part.layers, part.heads].unsqueeze(2) for w in (fisher.k, fisher.v)))[0]
     return (rows / mean + ridge).sqrt().float()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dynamo_kvtc.calibrate.allocate import fit_paper_part, paper_unit
-from dynamo_kvtc.calibrate.collect import CacheSample, Part, Progress
+from dynamo_kvtc.calibrate.collect import CacheModel, CacheSample, Fisher, Part, Progress
 from dynamo_kvtc.calibrate.covariance import eigenbasis
+from dynamo_kvtc.calibrate.importance import LEADING, ImportanceModel, fit_importance
 from dynamo_kvtc.calibrate.solve import solve_step
 from dynamo_kvtc.calibrate.tables import PointTables, fit_tables
 from dynamo_kvtc.codec.artifact import Point
@@ -19,7 +20,7 @@ from dynamo_kvtc.ops.project import BASIS_BITS, INPUT_MAX, quantise_basis
 from dynamo_kvtc.ops.quantize import INPUT_BITS
 from dynamo_kvtc.types import RopeSpec
 
-_SOLVE_TOKENS = 2048
+_SOLVE_TOKENS = 1024
 """Tokens on which the step is searched; the tables at the step found use all of the sample."""
 
 
@@ -38,9 +39,9 @@ class KvtcTransform:
         basis, _ = eigenbasis(covariance.mul_(scale[:, None]).mul_(scale), min(rank, len(mean)))
         return cls(part, mean, scale, quantise_basis(basis))
 
-    def coefficients(self, rows: Tensor) -> Tensor:
-        """float32 [n, R] of rows float32 [n, P]."""
-        return ((rows - self.mean) * self.scale) @ self.basis.float() * 2.0**-BASIS_BITS
+    def coefficients(self, rows: Tensor, rank: int | None = None) -> Tensor:
+        """float32 [n, R], or the first ``rank`` of them, of rows float32 [n, P]."""
+        return ((rows - self.mean) * self.scale) @ self.basis[:, :rank].float() * 2.0**-BASIS_BITS
 
 
 @dataclass
@@ -48,6 +49,7 @@ class KvtcPoints:
     """Operating points of all ranks over one set of transforms; ``add`` solves one more."""
 
     transforms: list[KvtcTransform]
+    importance: list[ImportanceModel]
     coefficients: list[Tensor]
     raw_bits_per_token: int
     block_tokens: int
@@ -56,11 +58,11 @@ class KvtcPoints:
 
     @classmethod
     def sample(
-        cls, transforms: list[KvtcTransform], sample: CacheSample, rope: RopeSpec, raw_bytes_per_token: int,
-        block_tokens: int,
+        cls, transforms: list[KvtcTransform], importance: list[ImportanceModel], sample: CacheSample, rope: RopeSpec,
+        raw_bytes_per_token: int, block_tokens: int,
     ) -> KvtcPoints:  # fmt: skip
         coefficients = [t.coefficients(sample.rows(t.part, rope)) for t in transforms]
-        return cls(transforms, coefficients, 8 * raw_bytes_per_token, block_tokens)
+        return cls(transforms, importance, coefficients, 8 * raw_bytes_per_token, block_tokens)
 
     @property
     def ranks(self) -> int:
@@ -69,16 +71,17 @@ class KvtcPoints:
     def fit(self, step: float, tokens: int | None = None) -> list[PointTables]:
         """Tables of every rank at this step."""
         stride = 1 if tokens is None else max(1, len(self.coefficients[0]) // tokens)
-        by_rank = [
-            [y[::stride] for t, y in zip(self.transforms, self.coefficients, strict=True) if t.part.rank == rank]
-            for rank in range(self.ranks)
-        ]
-        return [fit_tables(coefficients, step) for coefficients in by_rank]
+        out = []
+        for rank in range(self.ranks):
+            mine = [i for i, t in enumerate(self.transforms) if t.part.rank == rank]
+            coefficients = [self.coefficients[i][::stride] for i in mine]
+            out.append(fit_tables(coefficients, step, [self.importance[i] for i in mine]))
+        return out
 
     def ratio(self, tables: list[PointTables]) -> float:
         """Coded tokens' ratio of these tables, record headers included."""
-        overhead = overhead_bits_per_token(len(tables[0].bits), self.block_tokens)
-        return self.raw_bits_per_token / sum(sum(t.bits) + overhead for t in tables)
+        overhead = overhead_bits_per_token(len(tables[0].groups), self.block_tokens)
+        return self.raw_bits_per_token / sum(t.bits + overhead for t in tables)
 
     def reachable(self) -> tuple[float, float]:
         """Smallest and largest sensible step: inputs must fit the fixed point, and something must be left to code."""
@@ -108,20 +111,46 @@ class KvtcPoints:
         for t in self.transforms:
             rank, group = t.part.rank, t.part.group
             prefix = f"rank{rank}.group{group}"
-            live = max(len(tables[rank].classes[group]) for tables in self.fitted)
+            live = max(len(tables[rank].groups[group].classes) for tables in self.fitted)
             out[f"{prefix}.mean"], out[f"{prefix}.weight"] = t.mean, t.scale
             out[f"{prefix}.basis"] = t.basis[:, : max(live, 1)].contiguous()
             for i, tables in enumerate(self.fitted):
-                out[f"{prefix}.point{i}.classes"] = torch.from_numpy(tables[rank].classes[group])
-                out[f"{prefix}.point{i}.error"] = torch.tensor([tables[rank].error[group]], dtype=torch.float32)
+                fit = tables[rank].groups[group]
+                out[f"{prefix}.point{i}.classes"] = torch.from_numpy(fit.classes)
+                out[f"{prefix}.point{i}.error"] = torch.tensor([fit.error], dtype=torch.float32)
+                out[f"{prefix}.point{i}.importance"] = fit.importance
+                out[f"{prefix}.point{i}.bias"] = torch.tensor([fit.bias], dtype=torch.int32)
+                out[f"{prefix}.point{i}.thresholds"] = fit.thresholds
         for i, tables in enumerate(self.fitted):
-            for rank, fit in enumerate(tables):
+            for rank, shared in enumerate(tables):
                 prefix = f"rank{rank}.point{i}"
-                out[f"{prefix}.frequencies"] = torch.from_numpy(fit.tables.frequencies)
-                out[f"{prefix}.shift"] = torch.from_numpy(fit.tables.shift)
-                out[f"{prefix}.rounding"] = torch.from_numpy(fit.rounding)
-                out[f"{prefix}.centroid"] = torch.from_numpy(fit.centroid)
+                out[f"{prefix}.frequencies"] = torch.from_numpy(shared.tables.frequencies)
+                out[f"{prefix}.shift"] = torch.from_numpy(shared.tables.shift)
+                out[f"{prefix}.rounding"] = torch.from_numpy(shared.rounding)
+                out[f"{prefix}.centroid"] = torch.from_numpy(shared.centroid)
+                out[f"{prefix}.activity"] = torch.from_numpy(shared.activity)
         return out
+
+
+def token_importance(
+    model: CacheModel, transforms: list[KvtcTransform], fisher: Fisher, progress: Progress
+) -> list[ImportanceModel]:
+    """A model per transform of how much a token matters, from the tokens that ``fisher_weights`` judged."""
+    features: list[list[Tensor]] = [[] for _ in transforms]
+    ages = []
+    for i, judged in enumerate(fisher.tokens):
+        k, v = model.prefill(judged.context)
+        at = torch.arange(judged.first, judged.first + judged.values.shape[1], device=k.device)
+        tokens = CacheSample(k[:, :, at], v[:, :, at], at)
+        for features_of, t in zip(features, transforms, strict=True):
+            features_of.append(t.coefficients(tokens.rows(t.part, model.rope), LEADING))
+        ages.append((len(judged.context) - at).float())
+        progress("token importance", (i + 1) / len(fisher.tokens))
+    if not fisher.tokens:
+        return [ImportanceModel.none() for _ in transforms]
+    values = torch.cat([judged.values for judged in fisher.tokens], dim=1)
+    age = torch.cat(ages)
+    return [fit_importance(torch.cat(f), values[i], age) for i, f in enumerate(features)]
 
 
 def fit_paper(

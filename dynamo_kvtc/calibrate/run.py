@@ -27,7 +27,7 @@ from dynamo_kvtc.calibrate.collect import (
     split_layers,
 )
 from dynamo_kvtc.calibrate.covariance import StreamingCovariance
-from dynamo_kvtc.calibrate.points import KvtcPoints, KvtcTransform, fit_paper
+from dynamo_kvtc.calibrate.points import KvtcPoints, KvtcTransform, fit_paper, token_importance
 from dynamo_kvtc.calibrate.solve import solve_kl
 from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Artifact, Manifest, Point, rank_shape, seal
 from dynamo_kvtc.errors import ConfigError
@@ -62,9 +62,9 @@ class CalibrationConfig:
     kls: tuple[float, ...] = ()
     tp_size: int = 1
     block_tokens: int = 16
-    fisher_sequences: int = 32
+    fisher_sequences: int = 64
     fisher_continuation: int = 512
-    ridge: float = 1e-3
+    ridge: float = 0.1
     max_rank: int = 10_000
     sample_tokens: int = 8192
     seed: int = 0
@@ -132,17 +132,20 @@ def _kvtc(
     model: CacheModel, texts: CalibrationTexts, config: CalibrationConfig, parts: list[Part], progress: Progress
 ) -> KvtcPoints:
     sequences = texts.fit[: config.fisher_sequences]
-    weights = fisher_weights(model, sequences, config.fisher_continuation, config.seed, progress)
+    fisher = fisher_weights(model, sequences, parts, config.fisher_continuation, config.seed, progress)
     covariances = _covariances(model, texts, parts, progress)
     transforms = []
     for i, part in enumerate(parts):
         progress("PCA", i / len(parts))
         mean, covariance = covariances.pop(0).finish()
-        scale = channel_scale(*weights, part, config.ridge)
+        scale = channel_scale(fisher, part, config.ridge)
         transforms.append(KvtcTransform.fit(part, mean, covariance, scale, config.max_rank))
     progress("PCA", 1.0)
+    importance = token_importance(model, transforms, fisher, progress)
     sample = sample_caches(model, texts.held_out, config.sample_tokens, "coefficients", progress)
-    fitted = KvtcPoints.sample(transforms, sample, model.rope, model.shape.bytes_per_token, config.block_tokens)
+    fitted = KvtcPoints.sample(
+        transforms, importance, sample, model.rope, model.shape.bytes_per_token, config.block_tokens
+    )
     for i, ratio in enumerate(config.ratios):
         progress("step sizes and tables", i / len(config.ratios))
         fitted.add(f"{ratio:g}", fitted.solve(ratio))

@@ -1,13 +1,12 @@
-"""Class tables of profile ``kvtc`` at one step size: which components live, their classes, frequencies and levels.
+"""What profile ``kvtc`` needs at one step size: live components, their classes, tables, levels and lane parameters.
 
 Everything is fitted on sampled coefficients of text that the PCA has not seen, so the tables expect what a user's text
-brings. The quantiser is entropy-constrained: thresholds minimise squared error + LAMBDA * bits, with LAMBDA the slope of
-the high-rate limit D = step**2 / 12, dD/dR = -2 ln 2 D (Sullivan, IEEE Trans. IT 42(5), 1996, for the Laplacian).
+brings. The quantiser is entropy-constrained: thresholds minimise squared error + LAMBDA * bits, with LAMBDA the slope
+of the high-rate limit D = step**2 / 12, dD/dR = -2 ln 2 D (Sullivan, IEEE Trans. IT 42(5), 1996, for the Laplacian).
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from dataclasses import dataclass
 
@@ -16,179 +15,256 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dynamo_kvtc.calibrate.frequencies import ALPHABET, frequencies
+from dynamo_kvtc.calibrate.importance import ImportanceModel
+from dynamo_kvtc.codec.kvtc import OFFSET_CHOICES, OFFSET_CLASSES, OFFSET_NEUTRAL
+from dynamo_kvtc.ops import quantize
 from dynamo_kvtc.ops.quantize import FRACTION_BITS, SYMBOL_MAX
 from dynamo_kvtc.ops.rans import MAX_CLASSES, MAX_SHIFT, PROBABILITY_TOTAL, ClassTables
 
 LAMBDA = 2 * math.log(2) / 12
 """Squared steps per bit."""
 
-ALPHABET = 126
-"""Largest table symbol; 2 * 126 + 2 columns fit a byte's index."""
+_SMALLEST_SCALE = 0.02
+"""Mean magnitude, in steps, below which a component never leaves zero."""
 
 _SCALE_PER_SHIFT = 12.0
 """A class whose symbols average above this gives its low bits to the raw stream."""
 
-_PRIOR_COUNT = 24.0
-"""Weight of the Laplacian prior in a class's table, in symbols: it decides what small classes and rare symbols cost."""
+RANK_SLACK = 0.005
+"""Relative cost (squared error + LAMBDA * bits) given away for fewer live components."""
 
+_ACTIVITY_ONE = 4096
 _ROUNDS = 3
-_KEEP_FREQUENCY = 0.12
-"""Expected count in 4096 below which coding a symbol through the escape is cheaper than a slot of its own."""
+_OFFSET_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class GroupFit:
+    """One layer group's part of a point: classes uint8 [r] of its live components, the leading components' importance
+    weights int32 [2, F] and bias, the table choices' thresholds int64 [15]; bits: mean per token under the tables;
+    error: mean squared error per token in the token's own steps, dropped components included."""
+
+    classes: NDArray[np.uint8]
+    importance: Tensor
+    bias: int
+    thresholds: Tensor
+    bits: float
+    error: float
 
 
 @dataclass(frozen=True)
 class PointTables:
-    """One operating point's tables, for all layer groups of a rank.
+    """One operating point of a rank: rounding int32 [C], centroid float32 [C], activity int32 [C] are per class."""
 
-    classes: per layer group uint8 [r_g], its live components; rounding int32 [C], centroid float32 [C] as
-    ops.quantize takes them; bits: per layer group, mean bits per token under the tables; error: per layer group, mean
-    squared error per token in squared steps, dropped components included (not those beyond the sampled rank).
-    """
-
-    classes: tuple[NDArray[np.uint8], ...]
+    groups: tuple[GroupFit, ...]
     tables: ClassTables
     rounding: NDArray[np.int32]
     centroid: NDArray[np.float32]
-    bits: tuple[float, ...]
-    error: tuple[float, ...]
+    activity: NDArray[np.int32]
+
+    @property
+    def bits(self) -> float:
+        return sum(group.bits for group in self.groups)
 
 
-def fit_tables(coefficients: list[Tensor], step: float, slope: float = LAMBDA) -> PointTables:
-    """Tables for this step. coefficients: per layer group float32 [n, R_g], components by falling variance."""
-    scaled = [y / step for y in coefficients]
-    scale = torch.cat([y.abs().mean(dim=0) for y in scaled]).clamp(min=1e-6)
-    index = _classes_by_scale(scale)
-    members = [torch.nonzero(index == c)[:, 0] for c in range(int(index.max()) + 1)]
-    columns = torch.cat(scaled, dim=1)
-    fits = [_fit_class(columns[:, m], float(scale[m].mean()), slope) for m in members]
-
-    keep_gain = torch.empty(len(index), dtype=torch.float64)
-    bits, error = torch.empty_like(keep_gain), torch.empty_like(keep_gain)
-    for m, fit in zip(members, fits, strict=True):
-        b, e = fit.cost(columns[:, m])
-        at = m.cpu()
-        bits[at], error[at] = b.cpu(), e.cpu()
-        keep_gain[at] = (columns[:, m].double().square().mean(dim=0) - e - slope * b).cpu()
-
-    classes, group_bits, group_error, first = [], [], [], 0
-    for y in scaled:
-        part = slice(first, first + y.shape[1])
-        total = torch.cumsum(keep_gain[part], dim=0)
-        live = int(total.argmax()) + 1 if len(total) and float(total.max()) > 0 else 0
-        classes.append(index[part][:live].to(torch.uint8).cpu().numpy())
-        group_bits.append(float(bits[part][:live].sum()))
-        dropped = float(y[:, live:].double().square().sum(dim=1).mean())
-        group_error.append(float(error[part][:live].sum()) + dropped)
-        first += y.shape[1]
+def fit_tables(
+    coefficients: list[Tensor], step: float, importance: list[ImportanceModel], slope: float = LAMBDA
+) -> PointTables:
+    """The point at this step. coefficients: per layer group float32 [n, R_g], components by falling variance."""
+    lanes = [_Lanes.of(y, step, model) for y, model in zip(coefficients, importance, strict=True)]
+    classes = _Classes.over(torch.cat([lane.scale for lane in lanes]))
+    for lane in lanes:
+        lane.classes = classes.of_scale(lane.scale)
+    for round_ in range(_ROUNDS):
+        classes.refit(lanes, slope if round_ < _ROUNDS - 1 else None)
+        if round_ == 0:
+            for lane in lanes:
+                lane.choose_tables(classes)
+    groups = tuple(lane.finish(classes, slope) for lane in lanes)
     return PointTables(
-        classes=tuple(classes),
-        tables=ClassTables(np.stack([f.frequencies for f in fits]), np.array([f.shift for f in fits], np.uint8)),
-        rounding=np.array([round(f.rounding * 2**FRACTION_BITS) for f in fits], np.int32),
-        centroid=np.array([f.centroid for f in fits], np.float32),
-        bits=tuple(group_bits),
-        error=tuple(group_error),
+        groups,
+        ClassTables(np.stack(classes.rows), classes.shift.astype(np.uint8)),
+        np.round(classes.rounding * 2**FRACTION_BITS).astype(np.int32),
+        classes.centroid.astype(np.float32),
+        classes.activity.astype(np.int32),
     )
 
 
-@dataclass(frozen=True)
-class _Class:
-    shift: int
-    rounding: float
-    centroid: float
-    frequencies: NDArray[np.uint16]
+class _Classes:
+    """Classes of equal width in the logarithm of the scale; one that no component falls into lives from its prior."""
 
-    def cost(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean bits and mean squared error (squared steps) of each column of y, float64 [m]."""
-        q = _symbols(y, self.rounding)
-        f = torch.from_numpy(self.frequencies.astype(np.float64)).to(y.device)
-        price = math.log2(PROBABILITY_TOTAL) - f.clamp(min=1e-9).log2() + self.shift
-        escape = price[-1] - self.shift + 16
-        price = torch.where(f > 0, price, escape)
-        a = (q.int() >> self.shift) + ALPHABET
-        inside = (a >= 0) & (a <= 2 * ALPHABET)
-        bits = torch.where(inside, price[a.clamp(0, 2 * ALPHABET)], escape)
-        level = q - torch.sign(q) * self.centroid
-        return bits.mean(dim=0), (y - level).double().square().mean(dim=0)
+    def __init__(self, floor: float, width: float) -> None:
+        self.floor, self.width = floor, width
+        self.nominal = np.exp(floor + width * (np.arange(MAX_CLASSES) + 0.5))
+        self.shift = np.clip(np.ceil(np.log2(self.nominal / _SCALE_PER_SHIFT)), 0, MAX_SHIFT).astype(np.int64)
+        self.activity = np.round(_ACTIVITY_ONE / (1 + self.nominal)).astype(np.int64)
+        self.rounding = np.full(MAX_CLASSES, 0.45)
+        self.centroid = np.full(MAX_CLASSES, 0.02)
+        self.rows: list[NDArray[np.uint16]] = []
 
+    @classmethod
+    def over(cls, scale: Tensor) -> _Classes:
+        floor = math.log(_SMALLEST_SCALE)
+        return cls(floor, max((math.log(max(float(scale.max()), 1.0)) - floor) / MAX_CLASSES, 0.02))
 
-def _classes_by_scale(scale: Tensor) -> Tensor:
-    """Class of each component, int64 [sum R]: equal widths in the logarithm of the scale, empty classes left out."""
-    log = scale.log()
-    # Components far below a step are dropped anyway: one class holds them all.
-    floor = max(float(log.min()), math.log(0.02))
-    width = max((float(log.max()) - floor) / MAX_CLASSES, 1e-9)
-    raw = ((log - floor) / width).floor().clamp(0, MAX_CLASSES - 1).long()
-    return torch.unique(raw, return_inverse=True)[1]
+    def of_scale(self, scale: Tensor) -> Tensor:
+        """int64 [R]."""
+        return ((scale.log() - self.floor) / self.width).floor().clamp(0, MAX_CLASSES - 1).long()
 
-
-def _symbols(y: Tensor, rounding: float) -> Tensor:
-    return torch.sign(y) * (y.abs() + rounding).floor().clamp(max=SYMBOL_MAX)
-
-
-def _fit_class(y: Tensor, scale: float, slope: float) -> _Class:
-    """Alternates between the table of the symbols and the thresholds and levels that are best under that table."""
-    shift = min(MAX_SHIFT, max(0, math.ceil(math.log2(scale / _SCALE_PER_SHIFT))))
-    rounding, centroid = 0.45, 0.02
-    magnitude = y.abs()
-    frequencies = np.zeros(0, np.uint16)
-    for _ in range(_ROUNDS):
-        q = (magnitude + rounding).floor().clamp(max=SYMBOL_MAX)
-        frequencies = _frequencies(q, shift)
-        coded = q > 0
-        if bool(coded.any()):
-            centroid = float((q - magnitude)[coded].mean())
-        if shift == 0:
-            cost = -np.log2(np.maximum(frequencies[ALPHABET : ALPHABET + 2], 0.5) / PROBABILITY_TOTAL)
-            level = 1.0 - centroid
+    def refit(self, lanes: list[_Lanes], slope: float | None) -> None:
+        """Tables of the symbols as they are now; then, given a slope, the thresholds that suit those tables best."""
+        width = ((ALPHABET + 1) << int(self.shift.max())) + 1
+        counts = np.zeros((MAX_CLASSES, width))
+        below, coded = np.zeros(MAX_CLASSES), np.zeros(MAX_CLASSES)
+        for lane in lanes:
+            q = lane.magnitudes(self)
+            flat = (lane.shifted_classes() * width + q.clamp(max=width - 1)).reshape(-1)
+            counts += torch.bincount(flat, minlength=counts.size).reshape(counts.shape).cpu().numpy()
+            mask = q > 0
+            per_column = torch.where(mask, q - lane.magnitude, 0.0).sum(dim=0, dtype=torch.float64)
+            below += _by_class(lane.classes, per_column)
+            coded += _by_class(lane.classes, mask.sum(dim=0).double())
+        self.rows = [frequencies(counts[c], int(self.shift[c]), self.nominal[c]) for c in range(MAX_CLASSES)]
+        if slope is None:
+            return
+        self.centroid = np.where(coded > 0, below / np.maximum(coded, 1), self.centroid)
+        for c in np.flatnonzero(self.shift == 0):
+            cost = -np.log2(np.maximum(self.rows[c][ALPHABET : ALPHABET + 2], 0.5) / PROBABILITY_TOTAL)
+            level = 1.0 - self.centroid[c]
             threshold = level / 2 + slope * float(cost[1] - cost[0]) / (2 * level)
-            rounding = min(0.5, max(0.2, 1.0 - threshold))
-        # Re-encoding a decoded block must give the same symbols: levels stay well inside their bins.
-        centroid = min(max(centroid, rounding - 0.85), rounding - 0.1)
-    q = (magnitude + rounding).floor().clamp(max=SYMBOL_MAX)
-    return _Class(shift, rounding, centroid, _frequencies(q, shift))
+            self.rounding[c] = min(0.5, max(0.2, 1.0 - threshold))
+        # Coding a decoded block again must give the same symbols: levels stay well inside their bins.
+        self.centroid = np.clip(self.centroid, self.rounding - 0.85, self.rounding - 0.1)
+
+    def prices(self, device: torch.device) -> Tensor:
+        """float32 [C, 2 * ALPHABET + 2]: bits of each table symbol, an uncoded one at the price of its escape."""
+        f = np.stack(self.rows).astype(np.float64)
+        escape = 16 - np.log2(f[:, -1:] / PROBABILITY_TOTAL)
+        price = np.where(f > 0, -np.log2(np.maximum(f, 1) / PROBABILITY_TOTAL) + self.shift[:, None], escape)
+        price[:, -1:] = escape
+        return torch.from_numpy(price).float().to(device)
 
 
-def _frequencies(magnitude: Tensor, shift: int) -> NDArray[np.uint16]:
-    """Frequencies uint16 [2 * ALPHABET + 2] out of symbol magnitudes, both signs alike (a PCA axis has no sign)."""
-    counts = torch.bincount(magnitude.reshape(-1).long(), minlength=2).double().cpu().numpy()
-    mean = float((counts * np.arange(len(counts))).sum() / counts.sum())
-    prior = _laplacian(mean, len(counts) + (2 * ALPHABET << shift))
-    counts = np.pad(counts, (0, len(prior) - len(counts))) + _PRIOR_COUNT * prior
-    signed = np.concatenate([counts[:0:-1] / 2, counts[:1], counts[1:] / 2])
-    symbol = (np.arange(len(signed)) - (len(counts) - 1)) >> shift
-    inside = np.abs(symbol) <= ALPHABET
-    table = np.bincount(symbol[inside] + ALPHABET, weights=signed[inside], minlength=2 * ALPHABET + 1)
-    return _normalise(table, float(signed[~inside].sum()), float(signed.sum()))
+@dataclass
+class _Lanes:
+    """A layer group's sampled tokens: magnitudes in the token's own steps, float32 [n, R]."""
+
+    full_error: float
+    magnitude: Tensor
+    sign: Tensor
+    scale: Tensor
+    importance: Tensor
+    bias: int
+    classes: Tensor
+    offsets: Tensor
+    thresholds: Tensor
+
+    @property
+    def leading(self) -> int:
+        return self.importance.shape[1]
+
+    @classmethod
+    def of(cls, coefficients: Tensor, step: float, model: ImportanceModel) -> _Lanes:
+        y = coefficients / step
+        weights, bias = model.at_step(step)
+        weights = weights.to(y.device)
+        n = weights.shape[1]
+        leading = torch.sign(y[:, :n]) * (y[:, :n].abs() + 0.45).floor().clamp(max=SYMBOL_MAX)
+        gain = quantize.gains(quantize.fineness_of(leading.to(torch.int16), weights, bias), torch.float32)
+        y[:, n:] *= gain[:, None]
+        magnitude = y.abs()
+        scale = magnitude.mean(dim=0)
+        live = torch.nonzero(scale > _SMALLEST_SCALE)[:, 0]
+        rank = max(int(live[-1]) + 1 if len(live) else 0, n)
+        full = float(magnitude[:, rank:].double().square().sum(dim=1).mean())
+        return cls(
+            full, magnitude[:, :rank], torch.sign(y[:, :rank]).to(torch.int8), scale[:rank].clamp(min=1e-6), weights,
+            bias, torch.zeros(rank, dtype=torch.int64, device=y.device),
+            torch.zeros(len(y), dtype=torch.int64, device=y.device), torch.zeros(0),
+        )  # fmt: skip
+
+    def magnitudes(self, classes: _Classes) -> Tensor:
+        """int64 [n, R] of the quantised symbols."""
+        rounding = torch.from_numpy(classes.rounding).to(self.magnitude)[self.classes]
+        return (self.magnitude + rounding).floor().clamp(max=SYMBOL_MAX).long()
+
+    def shifted_classes(self, offsets: Tensor | None = None) -> Tensor:
+        """int64 [n, R]: the class each symbol is coded with."""
+        n = self.leading
+        shifted = self.classes[None, n:] + (self.offsets if offsets is None else offsets)[:, None]
+        leading = self.classes[None, :n].expand(len(self.magnitude), n)
+        return torch.cat([leading, shifted.clamp(0, MAX_CLASSES - 1)], dim=1)
+
+    def bits(self, classes: _Classes, q: Tensor, shifted: Tensor) -> Tensor:
+        """float32 [n, R]: price of each symbol."""
+        price = classes.prices(q.device)
+        signed = torch.where(self.sign[: len(q)] < 0, -q, q)
+        a = signed >> torch.from_numpy(classes.shift).to(q.device)[shifted]
+        column = torch.where(a.abs() <= ALPHABET, a + ALPHABET, 2 * ALPHABET + 1)
+        return price.reshape(-1)[shifted * price.shape[1] + column]
+
+    def choose_tables(self, classes: _Classes) -> None:
+        """Thresholds on a token's activity that pick the cheapest tables on average, and each token's choice by them.
+
+        The cheapest choice is found by trying all on some tokens; it grows with the logarithm of the activity.
+        """
+        q = self.magnitudes(classes)
+        some = slice(None, None, max(1, len(q) // _OFFSET_TOKENS))
+        part = _Lanes(
+            0.0, self.magnitude[some], self.sign[some], self.scale, self.importance, self.bias, self.classes,
+            self.offsets[some], self.thresholds,
+        )  # fmt: skip
+        costs = []
+        for choice in range(OFFSET_CHOICES):
+            offsets = torch.full_like(part.offsets, OFFSET_CLASSES * (choice - OFFSET_NEUTRAL))
+            costs.append(part.bits(classes, q[some], part.shifted_classes(offsets)).sum(dim=1))
+        best = torch.stack(costs).argmin(dim=0).double()
+        activity = self._activity(classes, q)
+        x = (activity[some].double() + 1).log()
+        variance = float(x.var(unbiased=False)) if len(x) > 1 else 0.0
+        slope = float(((x - x.mean()) * (best - best.mean())).mean()) / variance if variance > 1e-9 else 0.0
+        choices = torch.arange(1, OFFSET_CHOICES, dtype=torch.float64)
+        if slope > 1e-3:
+            at = (choices - 0.5 - float(best.mean())) / slope + float(x.mean())
+            thresholds = at.clamp(-1, 40).exp().round().long()
+        else:
+            # Activity says nothing here: every token takes the neutral tables.
+            thresholds = torch.where(choices <= OFFSET_NEUTRAL, 0, 2**62).long()
+        self.thresholds = thresholds
+        chosen = (activity[:, None] >= thresholds.to(q.device)).sum(dim=1)
+        self.offsets = OFFSET_CLASSES * (chosen - OFFSET_NEUTRAL)
+
+    def _activity(self, classes: _Classes, q: Tensor) -> Tensor:
+        n = self.leading
+        weights = torch.from_numpy(classes.activity).to(q.device)[self.classes[n:]]
+        return (q[:, n:].clamp(max=quantize.CLIP) * weights).sum(dim=1)
+
+    def finish(self, classes: _Classes, slope: float) -> GroupFit:
+        """Drops the trailing components that cost more than they mend."""
+        q = self.magnitudes(classes)
+        bits = self.bits(classes, q, self.shifted_classes()).mean(dim=0, dtype=torch.float64)
+        centroid = torch.from_numpy(classes.centroid).to(self.magnitude)[self.classes]
+        level = torch.where(q > 0, q - centroid, 0.0)
+        error = (self.magnitude - level).square().mean(dim=0, dtype=torch.float64)
+        energy = self.magnitude.square().mean(dim=0, dtype=torch.float64)
+        # Cost with the first r components live, r = 0..R. Past the knee a component is worth next to nothing but costs
+        # arithmetic in every decode: the fewest within RANK_SLACK of the least cost are kept.
+        cost = (
+            torch.cumsum(torch.cat([energy.sum().reshape(1), error + slope * bits - energy]), dim=0) + self.full_error
+        )
+        live = int(torch.nonzero(cost <= cost.min() * (1 + RANK_SLACK))[0])
+        live = max(live, self.leading)
+        return GroupFit(
+            classes=self.classes[:live].to(torch.uint8).cpu().numpy(),
+            importance=self.importance.cpu(),
+            bias=self.bias,
+            thresholds=self.thresholds.cpu(),
+            bits=float(bits[:live].sum()),
+            error=float(error[:live].sum() + energy[live:].sum()) + self.full_error,
+        )
 
 
-def _laplacian(mean: float, size: int) -> NDArray[np.float64]:
-    """Probability of magnitudes 0..size-1 of a two-sided geometric law with this mean magnitude."""
-    # mean = 2 t / (1 - t**2) for P(q) = (1 - t) / (1 + t) * t**|q|
-    t = mean / (1 + math.sqrt(1 + mean * mean)) if mean > 0 else 1e-3
-    p = np.power(t, np.arange(size, dtype=np.float64)) * 2
-    p[0] = 1
-    return p / p.sum()
-
-
-def _normalise(counts: NDArray[np.float64], escaped: float, total: float) -> NDArray[np.uint16]:
-    """Integer frequencies that sum to 4096 and cost least: rare symbols join the escape, the rest share greedily."""
-    expected = counts * (PROBABILITY_TOTAL / total)
-    rare = expected < _KEEP_FREQUENCY
-    weights = np.append(np.where(rare, 0.0, counts), max(escaped + float(counts[rare].sum()), total * 1e-6))
-    ideal = weights * (PROBABILITY_TOTAL / weights.sum())
-    frequencies = np.where(weights > 0, np.maximum(np.floor(ideal), 1), 0).astype(np.int64)
-    missing = PROBABILITY_TOTAL - int(frequencies.sum())
-    sign = 1 if missing > 0 else -1
-
-    def gain(i: int) -> float:
-        # Bits that one slot more saves (negative), or one less costs: the least is taken first.
-        return weights[i] * math.log2(frequencies[i] / (frequencies[i] + sign))
-
-    heap = [(gain(i), i) for i in range(len(weights)) if weights[i] > 0 and frequencies[i] + sign >= 1]
-    heapq.heapify(heap)
-    for _ in range(abs(missing)):
-        _, i = heapq.heappop(heap)
-        frequencies[i] += sign
-        if frequencies[i] + sign >= 1:
-            heapq.heappush(heap, (gain(i), i))
-    return frequencies.astype(np.uint16)
+def _by_class(classes: Tensor, per_column: Tensor) -> NDArray[np.float64]:
+    total = torch.zeros(MAX_CLASSES, dtype=torch.float64, device=per_column.device)
+    return total.index_add_(0, classes, per_column.double()).cpu().numpy()

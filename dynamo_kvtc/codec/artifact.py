@@ -84,6 +84,10 @@ class Artifact:
         self.shape = rank_shape(manifest.shape, manifest.tp_size)
         self._tensors = tensors
 
+    def for_rank(self, rank: int) -> Artifact:
+        """The same artifact seen by another rank. Raises ArtifactMismatchError if it has no such rank."""
+        return Artifact(self.manifest, self._tensors, rank)
+
     @property
     def digest(self) -> str:
         return self.manifest.digest

@@ -125,7 +125,9 @@ class BlockCodec:
         )  # fmt: skip
         header = parsed.header
         theirs = (header.profile, header.artifact, header.rank, header.point, parsed.groups)
-        for name, mine, other in zip(("profile", "artifact", "rank", "point", "layer groups"), ours, theirs, strict=True):
+        for name, mine, other in zip(
+            ("profile", "artifact", "rank", "point", "layer groups"), ours, theirs, strict=True
+        ):
             if mine != other:
                 raise RecordMismatchError(f"the record's {name} is {other:#x}; this codec's is {mine:#x}")
         return parsed

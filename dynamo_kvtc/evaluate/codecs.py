@@ -14,7 +14,6 @@ from dynamo_kvtc.codec.kvtc import KvtcProfile
 from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.codec.policy import ExactCounts, ExactPolicy
 from dynamo_kvtc.errors import ConfigError
-from dynamo_kvtc.ops.rans import cross_entropy_bits
 
 STORAGE_BYTES = 2
 """Bytes a value of "16-bit storage", which every ratio is against. That is the cache dtype's own size where it has 16
@@ -176,10 +175,7 @@ def record_entropy_bits(codec: BlockCodec, records: Sequence[bytes]) -> float | 
     profile = codec.profile
     if not isinstance(profile, KvtcProfile):
         return None
-    return sum(
-        cross_entropy_bits(record_symbols(codec, records, g).numpy(), group.classes, profile.tables)
-        for g, group in enumerate(profile.groups)
-    )
+    return sum(profile.cross_entropy_bits(g, record_symbols(codec, records, g)) for g in range(len(profile.groups)))
 
 
 def token_bytes(k: Tensor) -> int:

@@ -190,9 +190,7 @@ def _exp(x: float) -> float:
         return math.inf
 
 
-def _check(
-    sequences: Sequence[Tensor], context_tokens: int, codecs: Sequence[CacheCodec], policy: ExactPolicy
-) -> None:
+def _check(sequences: Sequence[Tensor], context_tokens: int, codecs: Sequence[CacheCodec], policy: ExactPolicy) -> None:
     if not sequences or not codecs:
         raise ConfigError(f"nothing to measure: {len(sequences)} sequences, {len(codecs)} codecs")
     check_lengths(context_tokens, len(sequences[0]) - context_tokens, policy)

@@ -112,7 +112,7 @@ def parse_tasks(text: str) -> list[TaskName]:
         elif kind == LAMBADA and rest:
             path = Path(rest).expanduser()
             if not path.is_file():
-                raise ConfigError(f"task {part!r}: {path} is not a file; give JSON lines with a \"text\" field")
+                raise ConfigError(f'task {part!r}: {path} is not a file; give JSON lines with a "text" field')
             names.append(TaskName(LAMBADA, path))
         else:
             raise ConfigError(f"task {part!r} is unknown; known are {LAMBADA}:FILE and {PASSKEY}")
@@ -142,7 +142,7 @@ def read_passages(path: Path, count: int | None = None) -> list[tuple[str, str]]
         text = row.get("text") if isinstance(row, dict) else None
         words = text.split() if isinstance(text, str) else []
         if not isinstance(text, str) or len(words) < 2:
-            raise ConfigError(f"{path} line {number} has no \"text\" of at least two words")
+            raise ConfigError(f'{path} line {number} has no "text" of at least two words')
         before = text.rstrip()[: -len(words[-1])].rstrip()
         passages.append((before, " " + words[-1]))
     if not passages:

