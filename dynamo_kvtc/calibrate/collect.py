@@ -133,7 +133,7 @@ class TokenImportance:
 
 @dataclass(frozen=True)
 class Fisher:
-    """k, v: float64 [L, H, D], E[g**2] of each channel of K (before RoPE) and V; tokens: importance of single tokens."""
+    """k, v: float64 [L, H, D], E[g**2] of each channel of K (before RoPE) and V; tokens: how much some matter."""
 
     k: Tensor
     v: Tensor
@@ -163,10 +163,10 @@ def fisher_weights(
             # Recent tokens are read because they are recent; that says nothing of their worth later on.
             end = gk.shape[2] - min(RECENT, gk.shape[2] // 4)
             values = [
-                sum((g[p.layers, p.heads, :end] / w[p.layers, p.heads, None]).sum(dim=(0, 1, 3))
-                    for g, w in zip((gk, gv), norms, strict=True))
+                (gk[p.layers, p.heads, :end] / norms[0][p.layers, p.heads, None]).sum(dim=(0, 1, 3))
+                + (gv[p.layers, p.heads, :end] / norms[1][p.layers, p.heads, None]).sum(dim=(0, 1, 3))
                 for p in parts
-            ]  # fmt: skip
+            ]
             tokens.append(TokenImportance(context, SINKS, torch.stack(values)))
         total_k = total_k + gk.sum(dim=2, dtype=torch.float64)
         total_v = total_v + gv.sum(dim=2, dtype=torch.float64)

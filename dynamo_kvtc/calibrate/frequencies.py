@@ -33,7 +33,7 @@ def frequencies(counts: NDArray[np.float64], shift: int, nominal: float) -> NDAr
     signed = np.concatenate([blended[:0:-1] / 2, blended[:1], blended[1:] / 2])
     symbol = (np.arange(len(signed)) - (len(blended) - 1)) >> shift
     inside = np.abs(symbol) <= ALPHABET
-    table = np.bincount(symbol[inside] + ALPHABET, weights=signed[inside], minlength=2 * ALPHABET + 1)
+    table = np.bincount(symbol[inside] + ALPHABET, signed[inside], 2 * ALPHABET + 1).astype(np.float64)
     return _normalise(table, float(signed[~inside].sum()), float(signed.sum()))
 
 

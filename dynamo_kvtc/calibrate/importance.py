@@ -2,9 +2,9 @@
 
 Attention reads some tokens of a context far more than others, so an equal error in them costs more. A token's
 importance is its squared Fisher gradient relative to the channels' mean. Its logarithm is regressed on the token's
-first coefficients and their magnitudes; what recency explains is fitted beside and left out, because it passes. At equal
-bits the loss is least when a token's squared step is inversely proportional to its importance (reverse water-filling);
-STRENGTH tempers that, since the prediction is rough.
+first coefficients and their magnitudes; what recency explains is fitted beside and left out, because it passes. At
+equal bits the loss is least when a token's squared step is inversely proportional to its importance (reverse
+water-filling); STRENGTH tempers that, since the prediction is rough.
 """
 
 from __future__ import annotations

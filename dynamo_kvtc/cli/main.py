@@ -18,6 +18,7 @@ EXIT_INTERRUPTED = 130
 
 # name -> (module of dynamo_kvtc.cli, one line for `kvtc --help`): help needs no command's imports.
 COMMANDS = {
+    "bench": ("bench", "Measure speed on this machine; every case first proves its result."),
     "calibrate": ("calibrate", "Fit the codec to a model and write its artifact."),
     "demo": ("demo", "Calibrate on a small model and hold a conversation three ways."),
     "eval": ("evaluate", "Measure quality and size against the uncompressed model and peers."),

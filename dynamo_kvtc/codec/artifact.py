@@ -12,6 +12,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,11 @@ class Artifact:
 
     def check_model(self, model: ModelIdentity, shape: KVShape, rope: RopeSpec) -> None:
         """Raises ArtifactMismatchError, naming both sides, unless the artifact was made for this very model."""
-        ours, theirs = self.manifest, {"model": model, "shape": shape, "rope": rope}
+        ours = self.manifest
+        theirs: dict[str, ModelIdentity | KVShape | RopeSpec] = {"model": model, "shape": shape, "rope": rope}
         for name, other in theirs.items():
             mine = getattr(ours, name)
-            for field in type(other).__dataclass_fields__:
+            for field in (f.name for f in fields(other)):
                 if getattr(mine, field) != getattr(other, field) and field != "model_id":
                     raise ArtifactMismatchError(
                         f"the artifact was calibrated for {name}.{field} = {_short(getattr(mine, field))} "
@@ -259,7 +261,7 @@ def _digest(manifest: Manifest, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        sha.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

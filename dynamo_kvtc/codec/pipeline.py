@@ -171,14 +171,14 @@ class BlockCodec:
         errors = []
         for first in range(0, k.shape[2], _CHUNK_TOKENS):
             tokens = slice(first, first + _CHUNK_TOKENS)
-            worst = None
+            worst = torch.zeros(k[:, :, tokens].shape[2], dtype=torch.float64, device=self.device)
             for g, (start, end) in enumerate(self._groups):
                 kg = k[start:end, :, tokens].to(self.device, torch.float32)
                 vg = v[start:end, :, tokens].to(self.device, torch.float32)
                 kg = remove_rope(kg, positions[tokens].to(self.device), self.artifact.manifest.rope)
                 symbols, error = self.profile.quantise(g, kg, vg)
                 chunks[g].append(symbols)
-                worst = error if worst is None else torch.maximum(worst, error)
+                worst = torch.maximum(worst, error)
             errors.append(worst)
         return [torch.cat(parts) for parts in chunks], torch.cat(errors).cpu()
 

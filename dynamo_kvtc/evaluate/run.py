@@ -25,7 +25,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What to evaluate; see `kvtc eval --help`. device and dtype as in ``hf.model.load_model``.
+    """What to evaluate; see `kvtc eval --help`. device and dtypes as in ``hf.model.load_model``.
 
     codecs, tasks: comma-separated names. sequences: per text. context, continuation, window: tokens.
     task_examples: per task; None takes all of lambada's and passkey's default.
@@ -45,6 +45,7 @@ class EvalConfig:
     task_examples: int | None = None
     device: str = "cpu"
     dtype: str | None = None
+    compute_dtype: str | None = None
     json: Path | None = None
     plot: Path | None = None
 
@@ -82,7 +83,7 @@ def run(config: EvalConfig, progress: Progress) -> list[Row]:
     """
     plan = _plan(config)
     progress(f"loading {config.model}", 0.0)
-    model = load_model(config.model, config.device, config.dtype)
+    model = load_model(config.model, config.device, config.dtype, config.compute_dtype)
     for opened in plan.artifacts:
         opened.artifact.check_model(model.identity, model.shape, model.rope)
     texts = {source: _sequences(config, source, model) for source in config.data}

@@ -19,7 +19,7 @@ def encode(symbols, classes, offsets, first, frequencies, starts, shift, alphabe
     # Worst case per symbol: one word for its table part and one for its raw bits.
     width = 2 * rank + 2
     lengths = np.zeros(lanes, dtype=np.int64)
-    parts = []
+    parts: list[np.ndarray] = []
     for start in range(0, lanes, _CHUNK_LANES):
         part = slice(start, start + _CHUNK_LANES)
         buffer = np.empty((len(symbols[part]), width), dtype=np.uint16)

@@ -1,0 +1,1 @@
+"""Speed cases. A case first proves its result right, then is timed."""
