@@ -141,13 +141,12 @@ class Fisher:
 
 
 def fisher_weights(
-    model: CacheModel, sequences: Sequence[Tensor], parts: list[Part], continuation_tokens: int, seed: int,
-    progress: Progress,
-) -> Fisher:  # fmt: skip
+    model: CacheModel, sequences: Sequence[Tensor], parts: list[Part], seed: int, progress: Progress
+) -> Fisher:
     """Fisher weights of the cache's channels, and the importance of tokens relative to them.
 
-    g is the gradient of the model's log-likelihood of labels it sampled itself, over the last ``continuation_tokens``
-    of each sequence, with respect to the cache of the tokens before them (the diagonal of the Fisher information).
+    g is the gradient of the model's log-likelihood of labels it sampled itself, over the last quarter of
+    each sequence, with respect to the cache of the tokens before them (the diagonal of the Fisher information).
     A token's importance is the sum of g**2 / E[g**2] over a part's channels; the first quarter of the sequences gives
     the E[g**2] for that, the rest are judged by it.
     """
@@ -157,7 +156,7 @@ def fisher_weights(
     tokens: list[TokenImportance] = []
     norms: tuple[Tensor, Tensor] | None = None
     for i, ids in enumerate(sequences):
-        context, continuation = ids[:-continuation_tokens], ids[-continuation_tokens:]
+        context, continuation = ids[: -(len(ids) // 4)], ids[-(len(ids) // 4) :]
         gk, gv = (g[:, :, SINKS:].square() for g in model.fisher_gradients(context, continuation, generator))
         if norms is not None:
             # Recent tokens are read because they are recent; that says nothing of their worth later on.

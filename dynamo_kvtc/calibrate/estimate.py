@@ -112,7 +112,7 @@ def estimate(job: Job, speed: Speed, device_type: str) -> Estimate:
     seconds = {}
     if not paper:
         sequences = min(config.fisher_sequences, -(-job.fit_tokens // job.length))
-        continuation = min(config.fisher_continuation, job.length)
+        continuation = job.length // 4
         # The context once for the gradient and, for three quarters of the sequences, once for the tokens' importance;
         # the continuation forwards and backwards.
         seconds["Fisher weights"] = forward * sequences * (1.75 * (job.length - continuation) + 3 * continuation)
@@ -134,7 +134,7 @@ def _peak_bytes(job: Job, parts: list[Part], ranks: int, sample: int) -> int:
     covariances = 4 * sum(part.channels**2 for part in parts)
     bases = 2 * sum(part.channels * job.rank(part) for part in parts)
     cache = job.length * job.shape.bytes_per_token
-    logits = 4 * job.vocabulary * max(job.config.fisher_continuation, job.length // 4)
+    logits = 4 * job.vocabulary * (job.length // 4)
     phases = [
         # Fisher: the caches, their gradients in float32, activations of the continuation, a few copies of the logits.
         8 * cache + 6 * logits,

@@ -32,6 +32,8 @@ from dynamo_kvtc.calibrate.solve import solve_kl
 from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Artifact, Manifest, Point, rank_shape, seal
 from dynamo_kvtc.errors import ConfigError
 
+MIN_SEQUENCE_TOKENS = 64
+
 Measure = Callable[[Artifact, str], float]
 """Mean KL per token, in nats, of an operating point of an artifact on held-out text."""
 
@@ -51,9 +53,9 @@ class CalibrationConfig:
 
     profile: "kvtc" or "paper". groups: layer groups. ratios: targets on coded tokens (nominal for paper).
     kls: target mean KL per token, in nats (kvtc only). tp_size: ranks of the engine, a basis each.
-    fisher_sequences: sequences the Fisher weights are averaged over; fisher_continuation: tokens at the end of each
-    whose likelihood is differentiated. ridge: added to every channel's relative Fisher weight. max_rank: components
-    kept per layer group at most. sample_tokens: unseen tokens on which steps and tables are fitted.
+    fisher_sequences: sequences the Fisher weights are averaged over. ridge: added to every channel's relative Fisher
+    weight. max_rank: components kept per layer group at most. sample_tokens: unseen tokens on which steps and tables
+    are fitted.
     """
 
     profile: str = "kvtc"
@@ -63,7 +65,6 @@ class CalibrationConfig:
     tp_size: int = 1
     block_tokens: int = 16
     fisher_sequences: int = 64
-    fisher_continuation: int = 512
     ridge: float = 0.1
     max_rank: int = 10_000
     sample_tokens: int = 8192
@@ -93,6 +94,9 @@ def calibrate(
     rank_shape(model.shape, config.tp_size)
     if config.kls and measure is None:
         raise ConfigError("a target KL needs held-out text to measure on")
+    shortest = min(len(s) for s in (*texts.fit, *texts.held_out))
+    if shortest < MIN_SEQUENCE_TOKENS:
+        raise ConfigError(f"a calibration sequence has {shortest} tokens; use at least {MIN_SEQUENCE_TOKENS}")
     groups = split_layers(model.shape.layers, config.groups)
     parts = parts_of(model.shape, groups, config.tp_size)
 
@@ -132,7 +136,7 @@ def _kvtc(
     model: CacheModel, texts: CalibrationTexts, config: CalibrationConfig, parts: list[Part], progress: Progress
 ) -> KvtcPoints:
     sequences = texts.fit[: config.fisher_sequences]
-    fisher = fisher_weights(model, sequences, parts, config.fisher_continuation, config.seed, progress)
+    fisher = fisher_weights(model, sequences, parts, config.seed, progress)
     covariances = _covariances(model, texts, parts, progress)
     transforms = []
     for i, part in enumerate(parts):

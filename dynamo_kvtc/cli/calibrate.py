@@ -107,7 +107,7 @@ def command(
     optional = {"fisher_sequences": fisher_sequences, "max_rank": max_rank}
     config = CalibrationConfig(
         profile=profile, groups=DEFAULT_GROUPS[profile] if groups is None else groups, ratios=ratios, kls=kls,
-        tp_size=tp_size, block_tokens=block_tokens, fisher_continuation=max(context // 4, 1), seed=seed,
+        tp_size=tp_size, block_tokens=block_tokens, seed=seed,
         **{name: value for name, value in optional.items() if value is not None},
     )  # fmt: skip
     check_config(config, kl_sequences)

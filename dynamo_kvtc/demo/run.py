@@ -52,7 +52,7 @@ class DemoConfig:
     def calibration(self) -> CalibrationConfig:
         return CalibrationConfig(
             groups=self.groups, ratios=(self.ratio,), fisher_sequences=self.fisher_sequences,
-            fisher_continuation=self.length // 4, seed=self.seed,
+            seed=self.seed,
         )  # fmt: skip
 
 
