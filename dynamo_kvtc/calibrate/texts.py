@@ -21,7 +21,8 @@ HOLD_OUT_EVERY = 8
 """Every eighth sequence of a source is kept out of the PCA: for steps, tables and the expected KL."""
 
 LEAST_HELD_OUT = 4
-"""Sequences: tables fitted on less variety than this expect too little of other text."""
+MOST_HELD_OUT = 32
+"""Sequences: tables fitted on less variety expect too little of other text; more than enough is only slower."""
 
 LEAST_CONTEXT = 16
 """Tokens: sinks, and something to code and to predict."""
@@ -50,6 +51,11 @@ def draw_texts(model: Model, sources: Sequence[str], tokens: int, length: int, h
         sources, model.tokenizer, length, max(held_out, len(sources)), held_out=True, hold_out_every=HOLD_OUT_EVERY
     )
     return CalibrationTexts(fit.sequences, unseen.sequences, fit.tokens_by_source)
+
+
+def held_out_sequences(tokens: int, length: int) -> int:
+    """How many sequences to keep out of the PCA of ``tokens`` tokens."""
+    return min(MOST_HELD_OUT, max(LEAST_HELD_OUT, tokens // length // HOLD_OUT_EVERY))
 
 
 def fit_tokens(texts: CalibrationTexts) -> int:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from dynamo_kvtc.calibrate.estimate import Estimate, Job, check_memory, estimate, free_bytes, gib, probe
 from dynamo_kvtc.calibrate.run import CalibrationConfig, calibrate
-from dynamo_kvtc.calibrate.texts import LEAST_HELD_OUT, check_tokens, draw_texts, fit_tokens, kl_measure
+from dynamo_kvtc.calibrate.texts import check_tokens, draw_texts, fit_tokens, held_out_sequences, kl_measure
 from dynamo_kvtc.cli.phases import PhaseBars
 from dynamo_kvtc.codec.artifact import Manifest, save_artifact
 from dynamo_kvtc.codec.record import MAX_BLOCK_TOKENS, MAX_GROUPS, MAX_RANKS
@@ -117,7 +117,7 @@ def command(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(model, device, dtype, compute_dtype)
-    texts = draw_texts(loaded, data, tokens, context, max(LEAST_HELD_OUT, kl_sequences))
+    texts = draw_texts(loaded, data, tokens, context, max(held_out_sequences(tokens, context), kl_sequences))
     console = Console(stderr=True)
     for warning in check_tokens(fit_tokens(texts), tokens, loaded.shape, config):
         console.print(f"warning: {warning}", markup=False, highlight=False)

@@ -28,6 +28,8 @@ OFFSET_CHOICES = 16
 FINENESS_STRIDE = 16
 OFFSET_CLASSES = 2
 _GAIN_MAX = 1e24
+_ERROR_BITS = 12
+"""Fraction bits of a squared error, in squared steps: a token's sum of them stays below 2**53."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class KvtcProfile:
         rank = classes.shape[0]
         if importance.shape[1] > rank:
             raise ArtifactFormatError(f"layer group {g}: {importance.shape[1]} leading components of {rank}")
+        if not bool((thresholds[1:] >= thresholds[:-1]).all()):
+            raise ArtifactFormatError(f"layer group {g}: thresholds of the table choices must not fall")
         if rank > basis.shape[1] or int(classes.max() if rank else 0) >= len(self.tables.shift):
             raise ArtifactFormatError(f"layer group {g}: {rank} components over {basis.shape[1]}, or a class too many")
         if channels > project.MAX_CHANNELS:
@@ -148,8 +152,8 @@ class KvtcProfile:
         # Squared error in common steps: what the dropped components held, plus what quantising the live ones lost;
         # then in the token's own steps, as the calibrated mean is.
         exact = coefficients * 2.0**-quantize.FRACTION_BITS
-        dropped = energy * 4.0**-quantize.INPUT_BITS - exact.square().sum(dim=1)
-        lost = (exact - self._levels(g, symbols)).square().sum(dim=1)
+        dropped = energy * 4.0**-quantize.INPUT_BITS - _exact_sum(exact.square())
+        lost = _exact_sum((exact - self._levels(g, symbols)).square())
         error = (dropped.clamp(min=0) + lost) * quantize.gains(fineness, torch.float64).square() / g.mean_error
         return symbols, error.masked_fill(saturated | overflow | too_large, float("inf"))
 
@@ -203,6 +207,12 @@ class KvtcProfile:
         gain = quantize.gains(symbols[:, 0] % FINENESS_STRIDE, torch.float32)
         levels[:, g.leading :] /= gain[:, None]
         return levels
+
+
+def _exact_sum(terms: Tensor) -> Tensor:
+    """float64 [T] of terms [T, R], each rounded to _ERROR_BITS: the same in any order of summation, so a token next to
+    the error bound is exact on every device and in every batch, or on none."""
+    return (terms * 2.0**_ERROR_BITS).round().sum(dim=1) * 2.0**-_ERROR_BITS
 
 
 def class_offsets(lane_bytes: np.ndarray) -> np.ndarray:

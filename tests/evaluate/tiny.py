@@ -14,9 +14,9 @@ import torch
 
 from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Manifest, Point, save_artifact
 from dynamo_kvtc.codec.channels import join_rows
-from dynamo_kvtc.ops import project, quantize
+from dynamo_kvtc.ops import project
 from dynamo_kvtc.ops.rope import remove_rope
-from tests.builders import class_scales, laplace_tables
+from tests.builders import class_scales, class_tensors, lane_tensors
 
 STEPS = (("8", 0.05), ("30", 0.6), ("kl=0.005", 0.2))
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "grey", "owls")
@@ -91,16 +91,13 @@ def write_artifact(path: Path, model: Any, steps: tuple[tuple[str, float], ...] 
             tensors[f"{name}.basis"] = project.quantise_basis(torch.from_numpy(basis))
             for p, (_, step) in enumerate(steps):
                 nearest = np.abs(np.log(class_scales(8.0 / step)) - np.log(0.7 / step)).argmin()
-                tensors[f"{name}.point{p}.classes"] = torch.full((channels,), int(nearest), dtype=torch.uint8)
-                tensors[f"{name}.point{p}.error"] = torch.tensor([channels / 12])
+                classes = np.full(channels, int(nearest), dtype=np.uint8)
+                tensors[f"{name}.point{p}.classes"] = torch.from_numpy(classes)
+                lane = lane_tensors(generator, np.full(channels, 1 / step), classes, 0.0, step, 0.5, 0.0)
+                tensors |= {f"{name}.point{p}.{key}": value for key, value in lane.items()}
         for p, (_, step) in enumerate(steps):
-            frequencies, shift = laplace_tables(8.0 / step)
-            tensors[f"rank{rank}.point{p}.frequencies"] = torch.from_numpy(frequencies)
-            tensors[f"rank{rank}.point{p}.shift"] = torch.from_numpy(shift)
-            tensors[f"rank{rank}.point{p}.rounding"] = torch.full(
-                shift.shape, 2 ** (quantize.FRACTION_BITS - 1), dtype=torch.int32
-            )
-            tensors[f"rank{rank}.point{p}.centroid"] = torch.zeros(shift.shape)
+            shared = class_tensors(step, 0.5, 0.0)
+            tensors |= {f"rank{rank}.point{p}.{key}": value for key, value in shared.items()}
     points = tuple(Point(name, step, 4.0, 0.01 if name == "8" else None) for name, step in steps)
     manifest = Manifest(
         FORMAT_VERSION, "kvtc", model.identity, shape, model.rope, tp_size, 16, groups, points, {"tokens": 500}
