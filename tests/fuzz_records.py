@@ -35,8 +35,9 @@ from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.codec.policy import ExactPolicy
 from dynamo_kvtc.errors import ArtifactError, KvtcError, RecordError
 from dynamo_kvtc.types import KVShape
-from tests.builders import gapped_positions, make_artifact, random_kv
+from tests.builders import CLASSES, gapped_positions, make_artifact, make_paper_artifact, random_kv
 
+PROFILES = ("kvtc", "paper")
 HEADROOM_BYTES = 384 * 2**20
 PEAK_GROWTH_BYTES = 96 * 2**20
 FIXED_BYTES, ENTRY_BYTES, CHECKSUM = 36, 8, 32
@@ -49,10 +50,14 @@ class FuzzFailure(AssertionError):
     """What a mutation did that it must not."""
 
 
-def corpus(seed: int) -> tuple[BlockCodec, list[bytes]]:
-    """The codec of a small artifact, and valid records of all kinds."""
+def corpus(seed: int, profile: str) -> tuple[BlockCodec, list[bytes]]:
+    """The codec of a small artifact of ``profile``, and valid records of all kinds."""
     generator = np.random.default_rng(seed)
-    artifact = make_artifact(KVShape(3, 1, 8, "float16"), groups=((0, 1), (1, 3)), seed=seed, components=12)[2]
+    groups = ((0, 1), (1, 3))
+    if profile == "paper":
+        artifact = make_paper_artifact(KVShape(3, 1, 16, "float16"), groups, seed)[2]
+    else:
+        artifact = make_artifact(KVShape(3, 1, 8, "float16"), groups=groups, seed=seed, components=12)[2]
     codec = BlockCodec(artifact, "coarse", ExactPolicy(sinks=0))
     records = []
     for i in range(24):
@@ -159,10 +164,13 @@ def resign_record(data: bytes, fix_total: bool, fix_sizes: bool) -> bytes:
 
 
 def fuzz_records(count: int, seed: int, counts: Counter[str]) -> None:
-    """Raises FuzzFailure, naming the mutation, at the first outcome that is not allowed."""
-    codec, records = corpus(seed)
-    codec.decode_blocks(records)
+    """Profiles in turn. Raises FuzzFailure, naming the mutation, at the first outcome that is not allowed."""
+    corpora = {profile: corpus(seed, profile) for profile in PROFILES}
+    for codec, records in corpora.values():
+        codec.decode_blocks(records)
     for i in range(count):
+        profile = PROFILES[i % len(PROFILES)]
+        codec, records = corpora[profile]
         generator = np.random.default_rng([seed, i])
         data, other = (records[int(j)] for j in generator.integers(len(records), size=2))
         mutate = RECORD_MUTATIONS[int(generator.integers(len(RECORD_MUTATIONS)))]
@@ -170,13 +178,13 @@ def fuzz_records(count: int, seed: int, counts: Counter[str]) -> None:
         signed = bool(generator.random() < 0.5)
         if signed:
             mutated = resign_record(mutated, generator.random() < 0.8, generator.random() < 0.8)
-        label = f"record {i} of seed {seed}: {mutate.__name__}{' re-signed' if signed else ''}"
-        outcome = judge(label, lambda m=mutated: decode(codec, m), RecordError)
+        label = f"{profile} record {i} of seed {seed}: {mutate.__name__}{' re-signed' if signed else ''}"
+        outcome = judge(label, lambda c=codec, m=mutated: decode(c, m), RecordError)
         if outcome == "decoded" and mutated in records:
             outcome = "unchanged"
         if outcome == "decoded" and not signed:
             raise FuzzFailure(f"{label}: decoded though its checksums were not made to fit")
-        counts[f"records {'re-signed' if signed else 'unsigned'}: {outcome}"] += 1
+        counts[f"{profile} records {'re-signed' if signed else 'unsigned'}: {outcome}"] += 1
 
 
 def decode(codec: BlockCodec, data: bytes) -> None:
@@ -243,22 +251,23 @@ def _drop(name: str) -> Callable[[dict, dict], None]:
 
 NAN, INF = float("nan"), float("inf")
 TENSOR_NAMES = ["group0.mean", "group0.weight", "group0.basis", "group1.basis", "group0.point1.classes",
-                "group1.point1.error", "point1.frequencies", "point1.shift", "point1.rounding",
-                "point1.centroid"]  # fmt: skip
+                "group1.point1.error", "group0.point1.importance", "group1.point1.bias", "group0.point1.thresholds",
+                "point1.frequencies", "point1.shift", "point1.rounding", "point1.centroid",
+                "point1.activity"]  # fmt: skip
 LIES = [
     *[_set("rank0.group0.weight", x) for x in (NAN, INF, 0.0, -1.0, 1e-45, 1e38)],
     *[_set("rank0.group1.mean", x) for x in (NAN, INF, -INF, 1e38)],
     *[_set("rank0.group0.point1.error", x) for x in (NAN, INF, -1.0)],
     *[_set("rank0.point1.centroid", x) for x in (NAN, INF, 1.0, -7.0)],
     *[_set("rank0.point1.rounding", x) for x in (-1, 2**20, 2**31 - 1, -(2**31))],
-    *[_set("rank0.group0.point1.classes", x) for x in (8, 64, 255)],
+    *[_set("rank0.group0.point1.classes", x) for x in (CLASSES, 64, 255)],
     *[_set("rank0.point1.shift", x) for x in (13, 32, 255)],
     *[_set("rank0.point1.frequencies", x) for x in (0, 1000, 65535)],
-    _set("rank0.point1.frequencies", torch.full((8, 32), 128, dtype=torch.int32)),
-    _set("rank0.point1.frequencies", torch.zeros(8, 32, dtype=torch.uint16)),
+    _set("rank0.point1.frequencies", torch.full((CLASSES, 32), 128, dtype=torch.int32)),
+    _set("rank0.point1.frequencies", torch.zeros(CLASSES, 32, dtype=torch.uint16)),
     _set("rank0.point1.frequencies", torch.zeros(0, 32, dtype=torch.uint16)),
     _set("rank0.point1.frequencies", torch.full((200, 32), 128, dtype=torch.uint16)),
-    _set("rank0.point1.frequencies", torch.full((8, 31), 128, dtype=torch.uint16)),
+    _set("rank0.point1.frequencies", torch.full((CLASSES, 31), 128, dtype=torch.uint16)),
     _set("rank0.group0.basis", torch.zeros(16, 200, dtype=torch.int8)),
     _set("rank0.group0.basis", torch.zeros(16, 1, dtype=torch.int16)),
     _set("rank0.group0.basis", torch.zeros(17, 12, dtype=torch.int16)),
@@ -268,6 +277,20 @@ LIES = [
     _set("rank0.group0.mean", torch.zeros(16, dtype=torch.float64)),
     _set("rank0.group0.weight", torch.zeros(())),
     _set("rank0.group0.point1.error", torch.zeros(0)),
+    *[_set("rank0.group0.point1.thresholds", x) for x in (-1, -(2**63))],
+    *[_set("rank0.group1.point1.thresholds", torch.zeros(n, dtype=torch.int64)) for n in (0, 14, 16)],
+    _set("rank0.group1.point1.thresholds", torch.zeros(15, dtype=torch.int32)),
+    _set("rank0.group1.point1.thresholds", torch.zeros(1, 15, dtype=torch.int64)),
+    *[_set("rank0.point1.activity", x) for x in (-1, -(2**31))],
+    *[_set("rank0.point1.activity", torch.zeros(n, dtype=torch.int32)) for n in (0, CLASSES - 1, CLASSES + 1)],
+    _set("rank0.point1.activity", torch.zeros(CLASSES, dtype=torch.int64)),
+    *[_set("rank0.group0.point1.importance", torch.zeros(2, n, dtype=torch.int32)) for n in (13, 4000)],
+    *[_set("rank0.group0.point1.importance", torch.zeros(n, 4, dtype=torch.int32)) for n in (0, 1, 3)],
+    _set("rank0.group0.point1.importance", torch.zeros(8, dtype=torch.int32)),
+    _set("rank0.group0.point1.importance", torch.zeros(2, 4, dtype=torch.float32)),
+    *[_set("rank0.group1.point1.bias", torch.zeros(n, dtype=torch.int32)) for n in (0, 2)],
+    _set("rank0.group1.point1.bias", torch.zeros(1, dtype=torch.int64)),
+    _set("rank0.group1.point1.bias", torch.zeros((), dtype=torch.int32)),
     *[_drop(f"rank0.{name}") for name in TENSOR_NAMES],
     *[_change("points.1.step", x) for x in (0, -0.25, 1e-300, 1e300, "0.25", None)],
     *[_change("groups", x) for x in ([], [[0, 3], [3, 3]], [[0, 2]], [[1, 3]], [[0, 2], [1, 3]], [[0, 1], [2, 3]],
@@ -292,6 +315,19 @@ LIES = [
     _change("surprise", 1),
     _change("points.1.surprise", 1),
 ]  # fmt: skip
+
+
+LARGEST, LEAST = 2**31 - 1, -(2**31)
+# Extreme numbers that are nonsense but harm nobody: such an artifact opens, and what it codes comes back.
+ODDITIES = [
+    *[_set("rank0.group1.point1.bias", x) for x in (LARGEST, LEAST, 0)],
+    *[_set("rank0.group0.point1.importance", x) for x in (LARGEST, LEAST)],
+    *[_set("rank0.group0.point1.importance", torch.full((2, 6), x, dtype=torch.int32)) for x in (LARGEST, LEAST, 0)],
+    _set("rank0.group0.point1.importance", torch.zeros(2, 0, dtype=torch.int32)),
+    *[_set("rank0.point1.activity", torch.full((CLASSES,), x, dtype=torch.int32)) for x in (LARGEST, 0)],
+    _set("rank0.group1.point1.thresholds", 2**63 - 1),
+    *[_set("rank0.group1.point1.thresholds", torch.full((15,), x)) for x in (2**63 - 1, -(2**63), 0)],
+]
 
 
 def forge_artifact(data: bytes, lie: Callable[[dict, dict], None]) -> bytes:
@@ -340,6 +376,8 @@ def fuzz_artifacts(count: int, seed: int, counts: Counter[str]) -> None:
     files = [save_tensors(tensors, metadata={METADATA_KEY: msgspec.json.encode(manifest).decode()})]
     manifest, tensors, _ = make_artifact(KVShape(2, 2, 8, "bfloat16"), seed=seed + 1, components=12)
     files.append(save_tensors(tensors, metadata={METADATA_KEY: msgspec.json.encode(manifest).decode()}))
+    manifest, tensors, _ = make_paper_artifact(KVShape(3, 1, 16, "float16"), ((0, 1), (1, 3)), seed)
+    files.append(save_tensors(tensors, metadata={METADATA_KEY: msgspec.json.encode(manifest).decode()}))
     meanings = [meaning(parse_artifact(data)) for data in files]
     for i in range(count):
         generator = np.random.default_rng([seed, i, 1])
@@ -347,11 +385,17 @@ def fuzz_artifacts(count: int, seed: int, counts: Counter[str]) -> None:
             lie = LIES[i // 2] if i // 2 < len(LIES) else LIES[int(generator.integers(len(LIES)))]
             mutated, label, kind = forge_artifact(files[0], lie), lie.__name__, "re-signed"
         elif i % 4 == 1:
-            mutated, label, kind = header_lies(files[0], generator), "header_lies", "header"
+            mutated, label, kind = header_lies(files[i // 4 % 2 * 2], generator), "header_lies", "header"
+        elif i % 12 == 3:
+            oddity = ODDITIES[i // 12 % len(ODDITIES)]
+            label = f"artifact {i} of seed {seed}: {oddity.__name__}"
+            odd = forge_artifact(files[0], oddity)
+            counts[f"artifacts odd: {judge(label, lambda d=odd, s=seed + i: use_artifact(d, s), KvtcError)}"] += 1
+            continue
         else:
-            which = int(generator.integers(2))
+            which, other = generator.choice(len(files), 2, replace=False).tolist()
             mutate = BYTE_MUTATIONS[int(generator.integers(len(BYTE_MUTATIONS)))]
-            mutated, label, kind = mutate(generator, files[which], files[1 - which]), mutate.__name__, "unsigned"
+            mutated, label, kind = mutate(generator, files[which], files[other]), mutate.__name__, "unsigned"
         label = f"artifact {i} of seed {seed}: {label}"
         opened: list[Artifact] = []
 
@@ -366,6 +410,20 @@ def fuzz_artifacts(count: int, seed: int, counts: Counter[str]) -> None:
         if outcome == "decoded":
             raise FuzzFailure(f"{label}: was taken for a usable artifact")
         counts[f"artifacts {kind}: {outcome}"] += 1
+
+
+def use_artifact(data: bytes, seed: int) -> None:
+    """Codes random tokens with it, decodes them, and codes what came back. Raises FuzzFailure if anything is off."""
+    artifact = parse_artifact(data)
+    codec = BlockCodec(artifact, "coarse", ExactPolicy(sinks=0, max_error=float("inf")))
+    k, v = random_kv(artifact, 20, seed)
+    block = codec.encode_block(k, v, torch.arange(20))
+    decode(codec, block.record)
+    if block.exact.total == 20:
+        raise FuzzFailure("no token could be coded")
+    exact = torch.from_numpy(codec.parse(block.record).header.exact)
+    if codec.encode_block(*codec.decode_block(block.record), exact).record != block.record:
+        raise FuzzFailure("coding what was decoded gives another record")
 
 
 def meaning(artifact: Artifact) -> tuple[Manifest, str]:
@@ -394,8 +452,9 @@ def bounded_memory() -> Iterator[None]:
 
 def warm_up(seed: int) -> None:
     """Compiles the kernels and starts the threads, so that what memory is mapped later is the codec's."""
-    codec, records = corpus(seed)
-    codec.decode_blocks(records)
+    for profile in PROFILES:
+        codec, records = corpus(seed, profile)
+        codec.decode_blocks(records)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,8 +21,8 @@ from dynamo_kvtc.errors import CalibrationError
 from dynamo_kvtc.ops.rope import apply_rope
 from dynamo_kvtc.types import KVShape, ModelIdentity, RopeSpec
 
-FACTORS = 4096
-DECAY = 0.8
+FACTORS = 16384
+DECAY = 0.7
 _NOISE = 0.01
 _TOLERANCE = 0.1
 

@@ -15,6 +15,7 @@ import torch
 from dynamo_kvtc.calibrate.collect import Part, parts_of, split_layers
 from dynamo_kvtc.calibrate.run import CalibrationConfig
 from dynamo_kvtc.errors import CalibrationError
+from dynamo_kvtc.ops import affine
 from dynamo_kvtc.types import KVShape
 
 PROBE_SECONDS = 0.5
@@ -25,17 +26,25 @@ _EIGEN_OPS = {"cpu": 12.0, "cuda": 120.0}
 _MODEL_EFFICIENCY = 0.45
 """Share of the GEMM speed that a transformer's forward pass reaches on a small model."""
 
-_TABLE_OPS = 4000.0
-"""Operations, at GEMM speed, per sampled coefficient and operating point: step search and tables; elementwise work."""
+_TABLE_OPS = 40_000.0
+"""Operations, at GEMM speed, that one fit of the tables takes per coefficient: elementwise work, bound by memory."""
+
+_SEARCH_FITS, _SEARCH_TOKENS = 12, 1024
+"""Fits until a step is found, and the tokens they look at."""
+
+_ALLOCATION_OPS = 160.0
+_ALLOCATION_VALUES = 3 * 512 * sum(affine.SIZES)
+"""Profile paper quantises this many values for every component, per K and V, in each of 3 types and all run sizes, on
+512 tokens; operations for each, at GEMM speed."""
 
 _CODE_OPS = 40.0
-"""Operations per multiply-add of the transform when a block is encoded and decoded: float64 and the entropy coder."""
+"""Operations per multiply-add of the transform when a cache is encoded and decoded: exact arithmetic, entropy coder."""
 
 
 @dataclass(frozen=True)
 class Job:
     """What decides the cost. parameters: of the model; vocabulary: words; length: tokens of a sequence;
-    fit_tokens, held_out_tokens: in all; kl_sequences: for the expected KL; cache_itemsize: bytes of a cache value."""
+    fit_tokens, held_out_tokens: in all; kl_sequences: for the expected KL."""
 
     shape: KVShape
     config: CalibrationConfig
@@ -120,7 +129,12 @@ def estimate(job: Job, speed: Speed, device_type: str) -> Estimate:
     eigen = sum(2 * (p.channels / 2) ** 3 if paper else p.channels**3 for p in parts)
     seconds["PCA"] = _EIGEN_OPS[device_type] * eigen / linear
     seconds["coefficients"] = job.held_out_tokens * forward + 2.0 * sample * transform / linear
-    seconds["step sizes and tables"] = _TABLE_OPS * points * sample * ranks / linear
+    if not paper:
+        fitted_tokens = _SEARCH_FITS * min(_SEARCH_TOKENS, sample) + sample
+        seconds["step sizes and tables"] = _TABLE_OPS * points * fitted_tokens * ranks / linear
+    else:
+        kept = sum(min(part.channels / 2, 8 * part.channels / 2 / min(config.ratios)) for part in parts)
+        seconds["bit allocation"] = 2 * kept * _ALLOCATION_VALUES * _ALLOCATION_OPS / linear
     if job.kl_sequences:
         # A target KL is solved with about four measurements.
         measured = len(config.ratios) + 5 * len(config.kls)

@@ -20,6 +20,9 @@ from dynamo_kvtc.ops.project import BASIS_BITS, INPUT_MAX, quantise_basis
 from dynamo_kvtc.ops.quantize import INPUT_BITS
 from dynamo_kvtc.types import RopeSpec
 
+_FITTING_SHARE = 0.999
+"""Share of tokens whose channels must fit the transform's fixed point; the others are stored exact."""
+
 _SOLVE_TOKENS = 1024
 """Tokens on which the step is searched; the tables at the step found use all of the sample."""
 
@@ -41,16 +44,24 @@ class KvtcTransform:
 
     def coefficients(self, rows: Tensor, rank: int | None = None) -> Tensor:
         """float32 [n, R], or the first ``rank`` of them, of rows float32 [n, P]."""
-        return ((rows - self.mean) * self.scale) @ self.basis[:, :rank].float() * 2.0**-BASIS_BITS
+        return self.scaled(rows) @ self.basis[:, :rank].float() * 2.0**-BASIS_BITS
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """float32 [n, P]: the channels as the transform sees them."""
+        return (rows - self.mean) * self.scale
 
 
 @dataclass
 class KvtcPoints:
-    """Operating points of all ranks over one set of transforms; ``add`` solves one more."""
+    """Operating points of all ranks over one set of transforms; ``add`` fits one more.
+
+    peak: largest scaled channel of all but the most extreme tokens.
+    """
 
     transforms: list[KvtcTransform]
     importance: list[ImportanceModel]
     coefficients: list[Tensor]
+    peak: float
     raw_bits_per_token: int
     block_tokens: int
     points: list[Point] = field(default_factory=list)
@@ -61,8 +72,12 @@ class KvtcPoints:
         cls, transforms: list[KvtcTransform], importance: list[ImportanceModel], sample: CacheSample, rope: RopeSpec,
         raw_bytes_per_token: int, block_tokens: int,
     ) -> KvtcPoints:  # fmt: skip
-        coefficients = [t.coefficients(sample.rows(t.part, rope)) for t in transforms]
-        return cls(transforms, importance, coefficients, 8 * raw_bytes_per_token, block_tokens)
+        coefficients, peak = [], 0.0
+        for t in transforms:
+            rows = sample.rows(t.part, rope)
+            coefficients.append(t.coefficients(rows))
+            peak = max(peak, float(t.scaled(rows).abs().amax(dim=1).quantile(_FITTING_SHARE)))
+        return cls(transforms, importance, coefficients, peak, 8 * raw_bytes_per_token, block_tokens)
 
     @property
     def ranks(self) -> int:
@@ -84,10 +99,9 @@ class KvtcPoints:
         return self.raw_bits_per_token / sum(t.bits + overhead for t in tables)
 
     def reachable(self) -> tuple[float, float]:
-        """Smallest and largest sensible step: inputs must fit the fixed point, and something must be left to code."""
+        """Smallest and largest sensible step: inputs and symbols must fit 16 bits, and something be left to code."""
         spread = max(float(y.abs().max()) for y in self.coefficients)
-        # A channel holds a small part of a coefficient that spreads over all of them: a quarter is a safe bound.
-        return spread * 2**INPUT_BITS / INPUT_MAX / 4, spread
+        return max(self.peak * 2**INPUT_BITS, spread) / INPUT_MAX, spread
 
     def solve(self, ratio: float) -> float:
         """The step for a ratio. Raises UnreachableTargetError."""

@@ -31,9 +31,6 @@ _SMALLEST_SCALE = 0.02
 _SCALE_PER_SHIFT = 12.0
 """A class whose symbols average above this gives its low bits to the raw stream."""
 
-RANK_SLACK = 0.005
-"""Relative cost (squared error + LAMBDA * bits) given away for fewer live components."""
-
 _ACTIVITY_ONE = 4096
 _ROUNDS = 3
 _OFFSET_TOKENS = 512
@@ -248,13 +245,12 @@ class _Lanes:
         level = torch.where(q > 0, q - centroid, 0.0)
         error = (self.magnitude - level).square().mean(dim=0, dtype=torch.float64)
         energy = self.magnitude.square().mean(dim=0, dtype=torch.float64)
-        # Cost with the first r components live, r = 0..R. Past the knee a component is worth next to nothing but costs
-        # arithmetic in every decode: the fewest within RANK_SLACK of the least cost are kept.
+        # Cost with the first r components live, r = 0..R. Components that earn almost nothing here are kept: text off
+        # the calibration's domain lives in them, and without them it would lose quality instead of costing bits.
         cost = (
             torch.cumsum(torch.cat([energy.sum().reshape(1), error + slope * bits - energy]), dim=0) + self.full_error
         )
-        live = int(torch.nonzero(cost <= cost.min() * (1 + RANK_SLACK))[0])
-        live = max(live, self.leading)
+        live = max(int(cost.argmin()), self.leading)
         return GroupFit(
             classes=self.classes[:live].to(torch.uint8).cpu().numpy(),
             importance=self.importance.cpu(),

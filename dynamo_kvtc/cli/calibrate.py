@@ -120,7 +120,7 @@ def command(
     texts = draw_texts(loaded, data, tokens, context, max(held_out_sequences(tokens, context), kl_sequences))
     console = Console(stderr=True)
     for warning in check_tokens(fit_tokens(texts), tokens, loaded.shape, config):
-        console.print(f"warning: {warning}", markup=False, highlight=False)
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     measured = texts.held_out[:kl_sequences]
     expected = _estimated(loaded, config, context, fit_tokens(texts), len(texts.held_out), len(measured), console)
     if expected.total_seconds > ASK_ABOVE_SECONDS and not yes and sys.stdin.isatty():
@@ -176,7 +176,7 @@ def _estimated(
         f"estimate: {duration(expected.total_seconds)} "
         f"({', '.join(f'{name} {duration(seconds)}' for name, seconds in expected.seconds.items())}); "
         f"{gib(expected.peak_bytes)} of memory{'' if free is None else f', {gib(free)} free'}",
-        markup=False, highlight=False,
+        markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
     check_memory(job, expected, free, device.type)
     return expected

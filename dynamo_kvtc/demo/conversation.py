@@ -22,7 +22,8 @@ from dynamo_kvtc.codec.policy import ExactPolicy
 from dynamo_kvtc.evaluate.quality import Divergence, divergence, log_probabilities
 from dynamo_kvtc.hf.model import Model
 
-Progress = Callable[[str, float], None]
+Progress = Callable[[float], None]
+"""Called with the share of the conversation that is over, 0 to 1."""
 
 POLICY = ExactPolicy(sinks=4, window=128)
 
@@ -156,7 +157,7 @@ def converse(
         first: WayTurn | None = None
         results: dict[str, WayTurn] = {}
         for way in ways:
-            progress(f"turn {number + 1} of {len(prompts)}, {way.name}", done / steps)
+            progress(done / steps)
             done += 1
             if first is None:
                 # The first turn is the same work in every way: done once, then each keeps it in its own manner.
@@ -190,7 +191,7 @@ def converse(
         assert answer is not None
         history = history + answer
         turns.append(Turn(question, context, len(added), results))
-    progress("done", 1.0)
+    progress(1.0)
     return turns
 
 

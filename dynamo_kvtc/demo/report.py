@@ -16,6 +16,7 @@ from rich.table import Table
 from dynamo_kvtc.demo.conversation import Turn, WayTurn
 from dynamo_kvtc.errors import ConfigError, MissingDependencyError
 
+# In the order of showing.
 _COLOURS = {"recompute": "#E69F00", "raw": "#0072B2", "kvtc": "#009E73"}
 _ANSWER_CHARS = 240
 
@@ -28,7 +29,7 @@ def summary(turns: Sequence[Turn]) -> dict[str, dict[str, Any]]:
     for raw.
     """
     out: dict[str, dict[str, Any]] = {}
-    for name in turns[0].ways:
+    for name in (name for name in _COLOURS if name in turns[0].ways):
         of = [turn.ways[name] for turn in turns]
         later = of[1:] or of
         found = [w.divergence for w in of if w.divergence is not None]
@@ -88,10 +89,11 @@ def tables(turns: Sequence[Turn], settings: dict[str, Any]) -> list[Table]:
         by_turn.add_row(name, *(f"{seconds:.2f}" for seconds in row["first_token_seconds"]))
     answers = Table(title="answers", title_justify="left", box=box.SIMPLE_HEAD, show_lines=True)
     answers.add_column("question")
-    for name in turns[0].ways:
+    names = list(summary(turns))
+    for name in names:
         answers.add_column(name)
     for turn in turns:
-        answers.add_row(turn.question, *(_short(way.answer) for way in turn.ways.values()))
+        answers.add_row(turn.question, *(_short(turn.ways[name].answer) for name in names))
     return [main, by_turn, answers]
 
 
@@ -107,11 +109,11 @@ def picture(turns: Sequence[Turn], path: Path) -> None:
     rows = summary(turns)
     for x, (name, row) in enumerate(rows.items()):
         megabytes = row["held_bytes_max"] / 1e6
-        left.bar(x, megabytes, color=_COLOURS.get(name))
+        left.bar(x, megabytes, color=_COLOURS[name])
         left.annotate(f"{megabytes:.1f}", (x, megabytes), ha="center", va="bottom")
         width = 0.8 / len(rows)
         at = [turn + (x - (len(rows) - 1) / 2) * width for turn in range(1, len(turns) + 1)]
-        right.bar(at, row["first_token_seconds"], width, color=_COLOURS.get(name), label=name)
+        right.bar(at, row["first_token_seconds"], width, color=_COLOURS[name], label=name)
     left.set_xticks(range(len(rows)), list(rows))
     left.set(title="held between turns, at most", ylabel="MB")
     right.set_xticks(range(1, len(turns) + 1))

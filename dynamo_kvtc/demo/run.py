@@ -27,8 +27,9 @@ Progress = Callable[[str, float], None]
 class DemoConfig:
     """What to demonstrate. Small on purpose: a few minutes on two CPU cores.
 
-    tokens: of calibration text, in sequences of ``length``; groups, fisher_sequences: as CalibrationConfig has them;
-    ratio: the operating point; document_tokens: of the document at most; answer_tokens: of an answer at most.
+    tokens: of calibration text, in sequences of ``length``; groups, fisher_sequences, max_rank, sample_tokens: as
+    CalibrationConfig has them; ratio: the operating point; document_tokens: of the document at most; answer_tokens: of
+    an answer at most.
     """
 
     out: Path
@@ -37,6 +38,8 @@ class DemoConfig:
     length: int = 1024
     groups: int = 5
     fisher_sequences: int = 6
+    max_rank: int = 1024
+    sample_tokens: int = 3072
     ratio: float = 30.0
     turns: int = 4
     document_tokens: int = 2400
@@ -102,10 +105,7 @@ def run(config: DemoConfig, progress: Progress, say: Callable[[str], None]) -> D
     codec = BlockCodec(artifact, artifact.manifest.points[0].name, POLICY, model.device)
     _warm_up(codec)
     ways = (Raw(model), Recompute(model), Coded(model, codec))
-    progress("conversation", 0.0)
-    turns = converse(
-        model, chat, ways, config.answer_tokens, lambda what, share: progress(f"conversation: {what}", share)
-    )
+    turns = converse(model, chat, ways, config.answer_tokens, lambda share: progress("conversation", share))
     seconds["conversation"] = time.perf_counter() - started
     return DemoResult(config, model, artifact, path, is_new, turns, seconds)
 

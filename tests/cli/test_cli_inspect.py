@@ -110,7 +110,7 @@ def test_damage_anywhere_is_found(files: tuple[Path, Path], which: int, tmp_path
     (tmp_path / "x").write_bytes(data)
     code, _, err = inspect(tmp_path / "x")
     assert code == 2
-    assert ("checksum" in err or "digest" in err)
+    assert "checksum" in err or "digest" in err
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:

@@ -35,6 +35,15 @@ def test_the_files_are_all_there(artifact):
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 300_000
 
 
+def test_the_files_hold_many_lane_bytes(artifact):
+    lanes: set[int] = set()
+    for name in NAMES:
+        _, _, arrays = load(name, artifact)
+        lanes |= {int(x) for g in range(2) for x in arrays[f"symbols{g}"][:, 0]}
+    assert len({lane % 16 for lane in lanes}) == 13
+    assert len({lane // 16 for lane in lanes}) >= 6
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_todays_code_writes_the_same_record(name, artifact):
     codec, record, arrays = load(name, artifact)
@@ -90,6 +99,7 @@ def test_a_decoder_written_from_the_document_alone_reads_the_same_symbols(name, 
 def lanes_by_the_document(payload: bytes, tokens: int, point: int, g: int, artifact: Artifact) -> list[list[int]]:
     tensors = artifact._tensors
     classes = tensors[f"rank0.group{g}.point{point}.classes"].tolist()
+    leading = tensors[f"rank0.group{g}.point{point}.importance"].shape[1]
     counts = tensors[f"rank0.point{point}.frequencies"].tolist()
     shifts = tensors[f"rank0.point{point}.shift"].tolist()
     escape = len(counts[0]) - 1
@@ -97,16 +107,21 @@ def lanes_by_the_document(payload: bytes, tokens: int, point: int, g: int, artif
 
     least, width = struct.unpack_from("<HB", payload)
     lengths = [least + int.from_bytes(payload[4 + width * n : 4 + width * (n + 1)], "little") for n in range(tokens)]
-    body = payload[4 + width * tokens + width * tokens % 2 :]
+    parameters = list(payload[4 + width * tokens : 4 + (width + 1) * tokens])
+    assert all(byte % 16 <= 12 for byte in parameters)
+    body = payload[4 + (width + 1) * tokens + (width + 1) * tokens % 2 :]
     words = list(struct.unpack(f"<{len(body) // 2}H", body))
     assert sum(lengths) == len(words)
 
     out = []
-    for length in lengths:
+    for length, parameter in zip(lengths, parameters, strict=True):
         lane, words = words[:length], words[length:]
         x, lane = lane[0] << 16 | lane[1], lane[2:]
-        symbols = []
-        for c in classes:
+        symbols = [parameter]
+        offset = 2 * (parameter // 16 - 8)
+        for j, c in enumerate(classes):
+            if j >= leading:
+                c = min(max(c + offset, 0), len(counts) - 1)
             slot, below, column = x % 4096, 0, 0
             while below + counts[c][column] <= slot:
                 below += counts[c][column]

@@ -98,7 +98,9 @@ def test_entropy_is_the_symbols_cost_under_the_tables(tiny: Tiny) -> None:
             layers = artifact.manifest.groups[g][1] - artifact.manifest.groups[g][0]
             exact = int(record.header.exact.sum()) * layers * 2 * 2 * 8 * 4
             symbols = codec.profile.unpack(g, [payload[exact:]], [record.header.coded_tokens]).numpy()
-            for c, q in zip(np.tile(group.classes, len(symbols)), symbols.ravel(), strict=True):
+            shift = 2 * (symbols[:, :1] // 16 - 8) * (np.arange(len(group.classes)) >= group.leading)
+            classes = np.clip(group.classes + shift, 0, len(tables.shift) - 1)
+            for c, q in zip(classes.ravel(), symbols[:, 1:].ravel(), strict=True):
                 index = (int(q) >> int(tables.shift[c])) + tables.alphabet
                 row = tables.frequencies[c]
                 if 0 <= index < len(row) - 1 and row[index]:

@@ -95,7 +95,7 @@ def test_a_task_without_examples_is_refused() -> None:
 
 def test_a_passage_is_cut_before_its_last_word(tmp_path: Path, byte_tokenizer: Any) -> None:
     file = tmp_path / "p.jsonl"
-    texts = ["one two  three \n", "She said: \"I don't care about signs\"", "third line here"]
+    texts = ["one two  three \n", 'She said: "I don\'t care about signs"', "third line here"]
     file.write_text("".join(json.dumps({"text": text}) + "\n\n" for text in texts))
     found = tasks.read_passages(file, 2)
     assert found == [("one two", " three"), ("She said: \"I don't care about", ' signs"')]

@@ -236,3 +236,55 @@ def test_symbols_of_any_memory_order():
     turned, lengths = rans.encode_lanes(np.asfortranarray(symbols), classes, tables)
     np.testing.assert_array_equal(turned, words)
     np.testing.assert_array_equal(rans.decode_lanes(turned, lengths.tolist(), classes, tables), symbols)
+
+
+def test_offsets_shift_the_classes_of_all_but_the_first_components():
+    """A lane is what it would be with its own shifted classes; tables end where they end."""
+    generator = np.random.default_rng(fresh_seed())
+    tables = random_tables(generator, 9, 20)
+    classes = generator.integers(0, 9, 50).astype(np.uint8)
+    symbols = draw(generator, tables, classes, 40)
+    offsets = generator.integers(-128, 128, 40) // generator.choice([1, 30], 40)
+    for first in (0, 1, 13, 50, 60):
+        words, lengths = rans.encode_lanes(symbols, classes, tables, offsets.astype(np.int8), first)
+        alone, bits = [], 0.0
+        for row, offset in zip(symbols, offsets, strict=True):
+            own = classes.astype(int)
+            own[first:] = np.clip(own[first:] + offset, 0, 8)
+            alone.append(rans.encode_lanes(row[None], own.astype(np.uint8), tables)[0])
+            bits += rans.cross_entropy_bits(row[None], own.astype(np.uint8), tables)
+        np.testing.assert_array_equal(words, np.concatenate(alone))
+        assert lengths.tolist() == [len(lane) for lane in alone]
+        found = rans.decode_lanes(words, lengths, classes, tables, offsets.astype(np.int8), first)
+        np.testing.assert_array_equal(found, symbols)
+        measured = rans.cross_entropy_bits(symbols, classes, tables, offsets.astype(np.int8), first)
+        assert measured == pytest.approx(bits, rel=1e-12)
+
+
+def test_no_offsets_are_offsets_of_nothing():
+    generator = np.random.default_rng(fresh_seed())
+    tables = random_tables(generator, 5, 20)
+    classes = generator.integers(0, 5, 30).astype(np.uint8)
+    symbols = draw(generator, tables, classes, 11)
+    words, lengths = rans.encode_lanes(symbols, classes, tables)
+    for offsets, first in ((np.zeros(11, np.int8), 0), (np.full(11, 3, np.int8), 30)):
+        again, same = rans.encode_lanes(symbols, classes, tables, offsets, first)
+        np.testing.assert_array_equal(again, words)
+        np.testing.assert_array_equal(same, lengths)
+        np.testing.assert_array_equal(rans.decode_lanes(words, lengths, classes, tables, offsets, first), symbols)
+        assert rans.cross_entropy_bits(symbols, classes, tables, offsets, first) == rans.cross_entropy_bits(
+            symbols, classes, tables
+        )
+
+
+def test_offsets_of_another_kind_are_refused():
+    tables = random_tables(np.random.default_rng(fresh_seed()), 2, 8)
+    symbols, classes = np.zeros((3, 2), np.int16), np.zeros(2, np.uint8)
+    words, lengths = rans.encode_lanes(symbols, classes, tables)
+    for bad in (np.zeros(2, np.int8), np.zeros(3, np.int64), np.zeros((3, 1), np.int8)):
+        with pytest.raises(ConfigError, match="int8"):
+            rans.encode_lanes(symbols, classes, tables, bad)
+        with pytest.raises(ConfigError, match="int8"):
+            rans.decode_lanes(words, lengths, classes, tables, bad)
+        with pytest.raises(ConfigError, match="int8"):
+            rans.cross_entropy_bits(symbols, classes, tables, bad)
