@@ -11,34 +11,44 @@ TOLERANCE = 0.003
 """Relative: of the ratio that is asked for."""
 
 
+_SLOPE = 0.8
+"""Of log ratio over log step, about: where the search has nothing better."""
+
+
 def solve_step(
     ratio_of: Callable[[float], float], target: float, low: float, high: float, guess: float | None = None
 ) -> float:
     """The step at which ``ratio_of`` (rising with the step) gives ``target``, searched in [low, high].
 
+    guess: where to begin. The ends are only evaluated if the search runs into them: they are the dearest to evaluate.
     Raises UnreachableTargetError naming the reachable range.
     """
-    reach = [ratio_of(low), ratio_of(high)]
-    if not reach[0] <= target <= reach[1]:
-        raise UnreachableTargetError(
-            f"ratio {target:g} cannot be reached with this model and these layer groups; "
-            f"reachable is about {math.ceil(reach[0] * 10) / 10:g} to {math.floor(reach[1]):g}"
-        )
-    # In logarithms the curve is close to a line over a decade; over the whole range it is not, so halve when in doubt.
-    x = [math.log(low), math.log(high)]
-    y = [math.log(r / target) for r in reach]
-    point = math.log(guess) if guess and low < guess < high else (x[0] + x[1]) / 2
+    ends = (math.log(low), math.log(high))
+    bracket = list(ends)
+    # In logarithms the curve is close to a line over a decade: a secant, kept inside what is known to bracket it.
+    x = min(max(math.log(guess), ends[0]), ends[1]) if guess else (ends[0] + ends[1]) / 2
+    last: tuple[float, float] | None = None
     for _ in range(60):
-        value = math.log(ratio_of(math.exp(point)) / target)
-        if abs(value) < TOLERANCE:
+        y = math.log(ratio_of(math.exp(x)) / target)
+        if abs(y) < TOLERANCE:
             break
-        side = 0 if value < 0 else 1
-        x[side], y[side] = point, value
-        secant = x[0] - y[0] * (x[1] - x[0]) / (y[1] - y[0])
-        margin = 0.02 * (x[1] - x[0])
-        # The secant alone crawls where the curve bends; every step must cut the bracket.
-        point = secant if x[0] + margin < secant < x[1] - margin and x[1] - x[0] < 3 else (x[0] + x[1]) / 2
-    return math.exp(point)
+        if (y > 0 and x <= ends[0]) or (y < 0 and x >= ends[1]):
+            reach = [ratio_of(low), ratio_of(high)]
+            raise UnreachableTargetError(
+                f"ratio {target:g} cannot be reached with this model and these layer groups; "
+                f"reachable is about {math.ceil(reach[0] * 10) / 10:g} to {math.floor(reach[1]):g}"
+            )
+        bracket[0 if y < 0 else 1] = x
+        slope = (y - last[1]) / (x - last[0]) if last and x != last[0] else _SLOPE
+        last = (x, y)
+        if bracket[1] - bracket[0] < 1e-9:
+            break
+        x -= y / min(max(slope, 0.2), 3.0)
+        if not bracket[0] < x < bracket[1]:
+            outside = bracket[0] if x <= bracket[0] else bracket[1]
+            # Into an end that was not evaluated yet, or back between two points that were.
+            x = outside if outside in ends and outside != last[0] else (bracket[0] + bracket[1]) / 2
+    return math.exp(x)
 
 
 def solve_kl(kl_of: Callable[[float], float], target: float, reachable: tuple[float, float], start: float) -> float:

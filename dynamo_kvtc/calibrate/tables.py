@@ -33,7 +33,7 @@ _SCALE_PER_SHIFT = 12.0
 
 _ACTIVITY_ONE = 4096
 _ROUNDS = 3
-_OFFSET_TOKENS = 512
+_OFFSET_TOKENS = 128
 
 
 @dataclass(frozen=True)
