@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -105,8 +106,13 @@ class KvtcPoints:
 
     def solve(self, ratio: float) -> float:
         """The step for a ratio. Raises UnreachableTargetError."""
-        guess = self.points[-1].step if self.points else None
-        return solve_step(lambda step: self.ratio(self.fit(step, _SOLVE_TOKENS)), ratio, *self.reachable(), guess)
+        return solve_step(
+            lambda step: self.ratio(self.fit(step, _SOLVE_TOKENS)), ratio, *self.reachable(), self.start()
+        )
+
+    def start(self) -> float:
+        """Where to begin a search: at the last point's step, else in the middle of what is reachable."""
+        return self.points[-1].step if self.points else math.prod(self.reachable()) ** 0.5
 
     def trial(self, name: str, step: float) -> KvtcPoints:
         """The same transforms with this one point."""

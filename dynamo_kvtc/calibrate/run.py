@@ -120,7 +120,7 @@ def calibrate(
                 trial = fitted.trial(name, step)
                 return measure(Artifact(*sealed(trial.points, trial.tensors())), name)
 
-            fitted.add(name, solve_kl(kl_of, target, fitted.reachable(), fitted.solve(30.0)))
+            fitted.add(name, solve_kl(kl_of, target, fitted.reachable(), fitted.start()))
         manifest, tensors = sealed(fitted.points, fitted.tensors())
     if measure is None:
         return manifest, tensors

@@ -20,13 +20,13 @@ def solve_step(
 ) -> float:
     """The step at which ``ratio_of`` (rising with the step) gives ``target``, searched in [low, high].
 
-    guess: where to begin. The ends are only evaluated if the search runs into them: they are the dearest to evaluate.
+    guess: where to begin (default: in the middle). The ends are only evaluated if the search runs into them: they are the dearest to evaluate.
     Raises UnreachableTargetError naming the reachable range.
     """
     ends = (math.log(low), math.log(high))
     bracket = list(ends)
     # In logarithms the curve is close to a line over a decade: a secant, kept inside what is known to bracket it.
-    x = min(max(math.log(guess), ends[0]), ends[1]) if guess else (ends[0] + ends[1]) / 2
+    x = min(max(math.log(guess), ends[0]), ends[1]) if guess else sum(ends) / 2
     last: tuple[float, float] | None = None
     for _ in range(60):
         y = math.log(ratio_of(math.exp(x)) / target)

@@ -11,11 +11,13 @@ INSTALL = "pip install dynamo-kvtc[model]"
 
 
 def transformers() -> ModuleType:
-    """The transformers package.
+    """The transformers package, its own progress bars off: they would break into ours.
 
     Raises MissingDependencyError, naming the install command, if it cannot be imported.
     """
-    return _import("transformers")
+    library = _import("transformers")
+    library.utils.logging.disable_progress_bar()
+    return library
 
 
 def require_gguf() -> None:
