@@ -20,7 +20,8 @@ def solve_step(
 ) -> float:
     """The step at which ``ratio_of`` (rising with the step) gives ``target``, searched in [low, high].
 
-    guess: where to begin (default: in the middle). The ends are only evaluated if the search runs into them: they are the dearest to evaluate.
+    guess: where to begin (default: in the middle). The ends are only evaluated if the search runs into them: they are
+    the dearest to evaluate.
     Raises UnreachableTargetError naming the reachable range.
     """
     ends = (math.log(low), math.log(high))
