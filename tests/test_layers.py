@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "dynamo_kvtc"
 
 # A room imports itself and rooms to its left. `__init__` is the package's own version number.
 ROOMS = [
-    "__init__", "errors", "types", "config", "progress", "ops", "codec", "hf", "evaluate", "calibrate", "demo", "cli",
+    "__init__", "errors", "types", "config", "progress", "ops", "codec", "hf", "evaluate", "calibrate", "demo", "bench",
+    "cli",
 ]  # fmt: skip
 
 # Third parties and the modules (path prefixes inside the package) that may import them.

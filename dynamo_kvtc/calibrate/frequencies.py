@@ -67,4 +67,13 @@ def _normalise(counts: NDArray[np.float64], escaped: float, total: float) -> NDA
         out[i] += sign
         if out[i] + sign >= 1:
             heapq.heappush(heap, (price(i), i))
-    return out.astype(np.uint16)
+    # Where raising rare symbols to one slot took too many, a slot may still be worth more elsewhere. The cost is convex
+    # in every frequency, so when no single move helps, nothing does.
+    while True:
+        saves = weights * np.log2((out + 1) / np.maximum(out, 1))
+        costs = np.where(out > 1, weights * np.log2(np.maximum(out, 1) / np.maximum(out - 1, 1)), np.inf)
+        to, source = int(saves.argmax()), int(costs.argmin())
+        if saves[to] <= costs[source] + 1e-12:
+            return out.astype(np.uint16)
+        out[to] += 1
+        out[source] -= 1

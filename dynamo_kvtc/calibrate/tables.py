@@ -103,7 +103,8 @@ class _Classes:
     @classmethod
     def over(cls, scale: Tensor) -> _Classes:
         floor = math.log(_SMALLEST_SCALE)
-        return cls(floor, max((math.log(max(float(scale.max()), 1.0)) - floor) / MAX_CLASSES, 0.02))
+        largest = max(float(scale.max()) if len(scale) else 0.0, 1.0)
+        return cls(floor, (math.log(largest) - floor) / MAX_CLASSES)
 
     def of_scale(self, scale: Tensor) -> Tensor:
         """int64 [R]."""

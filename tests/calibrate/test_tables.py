@@ -82,7 +82,7 @@ def test_expected_bits_are_the_measured_cross_entropy(step, important):
         assert (symbols[:, 0] % 16 == 4).all()
         if step > 0.1:
             # At the finest step what the basis lacks to 1, 2**-15, is more of a token's energy than it loses.
-            assert float(error.mean()) == pytest.approx(1, rel=0.05)
+            assert float(error.mean()) == pytest.approx(1, rel=0.1)
     if len(profile.groups[0].classes) > LEADING:
         assert len((symbols[:, 0] // 16).unique()) >= 3, "tokens of different size are meant to choose different tables"
     again, _ = profile.quantise(0, *profile.dequantise(0, symbols))
@@ -131,7 +131,6 @@ def test_a_group_of_nothing_has_no_live_component():
     assert (len(nothing.classes), nothing.bits, nothing.error) == (0, 0.0, 0.0)
 
 
-@pytest.mark.xfail(strict=True, reason="the largest scale of no components at all is asked for")
 def test_a_step_beyond_every_component_leaves_none():
     fit = fit_tables([torch.full((50, 8), 1e-3)], 1.0, [NONE])
     assert (len(fit.groups[0].classes), fit.bits) == (0, 0.0)
