@@ -118,7 +118,9 @@ def picture(turns: Sequence[Turn], path: Path) -> None:
     left.set(title="held between turns, at most", ylabel="MB")
     right.set_xticks(range(1, len(turns) + 1))
     right.set(title="time to first token", xlabel="turn", ylabel="seconds")
-    right.legend(frameon=False)
+    # Room above the bars for the legend.
+    right.margins(y=0.25)
+    right.legend(frameon=False, ncols=3, loc="upper center")
     try:
         figure.savefig(path, dpi=150)
     except OSError as exc:
