@@ -219,7 +219,9 @@ class _Lanes:
             costs.append(part.bits(classes, q[some], part.shifted_classes(offsets)).sum(dim=1))
         best = torch.stack(costs).argmin(dim=0).double()
         activity = self._activity(classes, q)
-        x = (activity[some].double() + 1).log()
+        # A token of zeros alone is no measure of scale: it falls below every threshold, where zeros are cheapest.
+        active = activity[some] > 0
+        x, best = activity[some][active].double().log(), best[active]
         variance = float(x.var(unbiased=False)) if len(x) > 1 else 0.0
         slope = float(((x - x.mean()) * (best - best.mean())).mean()) / variance if variance > 1e-9 else 0.0
         choices = torch.arange(1, OFFSET_CHOICES, dtype=torch.float64)

@@ -83,7 +83,8 @@ def test_expected_bits_are_the_measured_cross_entropy(step, important):
         if step > 1:
             # At finer steps what the basis lacks to 1, 2**-15, is more of a token's energy than it loses.
             assert float(error.mean()) == pytest.approx(1, rel=0.05)
-    if len(profile.groups[0].classes) > LEADING:
+    # At the coarsest step hardly a symbol after the leading ones is not zero, and activity may say nothing.
+    if step < 1:
         assert len((symbols[:, 0] // 16).unique()) >= 3, "tokens of different size are meant to choose different tables"
     again, _ = profile.quantise(0, *profile.dequantise(0, symbols))
     assert torch.equal(again, symbols), "importance, fitted or not, must not break what coding again gives"
