@@ -27,7 +27,7 @@ Progress = Callable[[str, float], None]
 class DemoConfig:
     """What to demonstrate. Small on purpose: a few minutes on two CPU cores.
 
-    tokens: of calibration text, in sequences of ``length``; groups, fisher_sequences, max_rank, sample_tokens: as
+    tokens: of calibration text, in sequences of ``length``; groups, fisher_sequences: as
     CalibrationConfig has them; ratio: the operating point; document_tokens: of the document at most; answer_tokens: of
     an answer at most.
     """
@@ -38,8 +38,6 @@ class DemoConfig:
     length: int = 1024
     groups: int = 5
     fisher_sequences: int = 6
-    max_rank: int = 1024
-    sample_tokens: int = 3072
     ratio: float = 30.0
     turns: int = 4
     document_tokens: int = 2400
@@ -54,8 +52,7 @@ class DemoConfig:
 
     def calibration(self) -> CalibrationConfig:
         return CalibrationConfig(
-            groups=self.groups, ratios=(self.ratio,), fisher_sequences=self.fisher_sequences,
-            seed=self.seed,
+            groups=self.groups, ratios=(self.ratio,), fisher_sequences=self.fisher_sequences, seed=self.seed
         )  # fmt: skip
 
 
