@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# Read when a kernel is decorated, so before any module with kernels is imported: without a GPU they are interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # What the tiny models share; 512 positions, a vocabulary of 259 (bytes and three special tokens).
 TINY = {
@@ -60,6 +65,20 @@ def build_tiny_module(kind: str, dtype: torch.dtype = torch.float32) -> Any:
                 continue
             torch.nn.init.normal_(parameter, std=0.3 if name.endswith("bias") else 0.2)
     return module.to(dtype)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here")),
+        pytest.param("cuda", marks=[
+            pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+        ]),
+    ]
+)  # fmt: skip
+def kernel_device(request) -> str:
+    """Where a kernel's test runs: in Triton's interpreter on "cpu", or for real on "cuda" (pytest -m gpu)."""
+    pytest.importorskip("triton")
+    return request.param
 
 
 @pytest.fixture(scope="session")
