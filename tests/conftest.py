@@ -75,9 +75,20 @@ def build_tiny_module(kind: str, dtype: torch.dtype = torch.float32) -> Any:
         ]),
     ]
 )  # fmt: skip
-def kernel_device(request) -> str:
+def kernel_device(request, monkeypatch) -> str:
     """Where a kernel's test runs: in Triton's interpreter on "cpu", or for real on "cuda" (pytest -m gpu)."""
     pytest.importorskip("triton")
+    if request.param == "cpu":
+        from triton.runtime import interpreter
+
+        # Its loops take their bounds as int(array of one element), which NumPy 2.4 refuses.
+        patch = interpreter._patch_lang_tensor
+
+        def patch_and_index(tensor: Any, scope: Any) -> None:
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_index)
     return request.param
 
 

@@ -1,4 +1,4 @@
-"""rANS lanes in numba, threaded over tokens."""
+"""rANS lanes in numba, threaded over lanes."""
 
 # numba's decorators hide the types of what they wrap.
 # mypy: disable-error-code="misc"
@@ -12,33 +12,48 @@ _MASK = np.uint32((1 << _BITS) - 1)
 _LOW = np.uint32(1 << 16)
 _WORD = np.uint32(0xFFFF)
 _CHUNK_LANES = 4096
+MAX_NARROW_SYMBOL = 2047
+"""A symbol that becomes an 8-bit level is clipped to this first, so that its product with the scale fits 32 bits."""
 
 
-def encode(symbols, classes, offsets, first, frequencies, starts, shift, alphabet):
-    lanes, rank = symbols.shape
+def encode(symbols, classes, offsets, first, frequencies, starts, shift, alphabet, split):
+    tokens, rank = symbols.shape
     # Worst case per symbol: one word for its table part and one for its raw bits.
-    width = 2 * rank + 2
-    lengths = np.zeros(lanes, dtype=np.int64)
+    width = 2 * -(-rank // split) + 2
+    lengths = np.zeros(tokens * split, dtype=np.int64)
     parts: list[np.ndarray] = []
-    for start in range(0, lanes, _CHUNK_LANES):
-        part = slice(start, start + _CHUNK_LANES)
-        buffer = np.empty((len(symbols[part]), width), dtype=np.uint16)
+    step = max(1, _CHUNK_LANES // split)
+    for start in range(0, tokens, step):
+        part, lanes = slice(start, start + step), slice(start * split, (start + step) * split)
+        buffer = np.empty((len(lengths[lanes]), width), dtype=np.uint16)
         _encode(
-            symbols[part], classes, offsets[part], first, frequencies, starts, shift, alphabet, buffer, lengths[part]
-        )
-        parts.extend(row[width - n :] for row, n in zip(buffer, lengths[part], strict=True))
+            symbols[part], classes, offsets[part], first, frequencies, starts, shift, alphabet, split, buffer,
+            lengths[lanes],
+        )  # fmt: skip
+        parts.extend(row[width - n :] for row, n in zip(buffer, lengths[lanes], strict=True))
     words = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint16)
     return words, lengths
 
 
-def decode(words, lengths, classes, offsets, first, frequencies, starts, slots, shift, alphabet):
+def decode(words, lengths, classes, offsets, first, frequencies, starts, slots, shift, alphabet, split):
     starts_at = np.cumsum(lengths) - lengths
-    symbols = np.empty((len(lengths), len(classes)), dtype=np.int16)
+    symbols = np.empty((len(lengths) // split, len(classes)), dtype=np.int16)
     bad = np.zeros(len(lengths), dtype=np.bool_)
     _decode(
-        words, starts_at, lengths, classes, offsets, first, frequencies, starts, slots, shift, alphabet, symbols, bad
-    )
+        words, starts_at, lengths, classes, offsets, first, frequencies, starts, slots, shift, alphabet, split,
+        symbols, bad,
+    )  # fmt: skip
     return symbols, bad
+
+
+def levels(symbols, centroid, scale, bias, wide):
+    """What ``decode_levels_device`` makes of symbols int16 [T, R]: float16 [T, min(W, R)], int8 [T, max(R - W, 0)]."""
+    q = symbols.astype(np.int32)
+    magnitude = np.abs(q).astype(np.float32) - centroid.astype(np.float32)
+    high = np.where(q == 0, np.float32(0), np.where(q < 0, -magnitude, magnitude))[:, :wide].astype(np.float16)
+    scaled = (np.minimum(np.abs(q), MAX_NARROW_SYMBOL) * scale - bias + np.int32(1 << 15)) >> np.int32(16)
+    scaled = np.where(q == 0, 0, np.clip(scaled, 0, 127))
+    return high, np.where(q < 0, -scaled, scaled)[:, wide:].astype(np.int8)
 
 
 def cross_entropy(symbols, classes, offsets, first, frequencies, shift, alphabet):
@@ -58,18 +73,21 @@ def _shifted(base, offset, applies, top):
 
 
 @njit(parallel=True, cache=True)
-def _encode(symbols, classes, offsets, first, frequencies, starts, shift, alphabet, buffer, lengths):
-    lanes, rank = symbols.shape
+def _encode(symbols, classes, offsets, first, frequencies, starts, shift, alphabet, split, buffer, lengths):
+    tokens, rank = symbols.shape
     width = buffer.shape[1]
     escape = frequencies.shape[1] - 1
     top = frequencies.shape[0] - 1
-    for lane in prange(lanes):
+    for lane in prange(tokens * split):
+        token = lane // split
+        own = lane % split
         x = _LOW
         p = width
-        for j in range(rank - 1, -1, -1):
-            c = _shifted(classes[j], offsets[lane], j >= first, top)
+        for i in range((rank - own + split - 1) // split - 1, -1, -1):
+            j = own + i * split
+            c = _shifted(classes[j], offsets[token], j >= first, top)
             s = np.uint32(shift[c])
-            q = np.int32(symbols[lane, j])
+            q = np.int32(symbols[token, j])
             a = (q >> np.int32(s)) + alphabet
             if a < 0 or a >= escape or frequencies[c, a] == 0:
                 a = escape
@@ -99,19 +117,20 @@ def _encode(symbols, classes, offsets, first, frequencies, starts, shift, alphab
 
 @njit(parallel=True, cache=True)
 def _decode(
-    words, starts_at, lengths, classes, offsets, first, frequencies, starts, slots, shift, alphabet, symbols, bad
+    words, starts_at, lengths, classes, offsets, first, frequencies, starts, slots, shift, alphabet, split, symbols, bad
 ):
-    lanes, rank = symbols.shape
+    tokens, rank = symbols.shape
     escape = frequencies.shape[1] - 1
     top = frequencies.shape[0] - 1
-    for lane in prange(lanes):
+    for lane in prange(tokens * split):
+        token = lane // split
         p = starts_at[lane]
         end = p + lengths[lane]
         x = np.uint32((np.uint32(words[p]) << np.uint32(16)) | np.uint32(words[p + 1]))
         p += 2
         ok = x >= _LOW
-        for j in range(rank):
-            c = _shifted(classes[j], offsets[lane], j >= first, top)
+        for j in range(lane % split, rank, split):
+            c = _shifted(classes[j], offsets[token], j >= first, top)
             slot = np.uint32(x & _MASK)
             a = np.int32(slots[c, slot])
             x = np.uint32(np.uint32(frequencies[c, a]) * (x >> np.uint32(_BITS)) + slot - np.uint32(starts[c, a]))
@@ -126,7 +145,7 @@ def _decode(
                 if p >= end:
                     ok = False
                     break
-                symbols[lane, j] = np.int16(np.uint16(x & _WORD))
+                symbols[token, j] = np.int16(np.uint16(x & _WORD))
                 x = np.uint32((x & ~_WORD) | np.uint32(words[p]))
                 p += 1
             elif s > 0:
@@ -138,9 +157,9 @@ def _decode(
                         break
                     x = np.uint32((x << np.uint32(16)) | np.uint32(words[p]))
                     p += 1
-                symbols[lane, j] = np.int16(((a - alphabet) << np.int32(s)) + low)
+                symbols[token, j] = np.int16(((a - alphabet) << np.int32(s)) + low)
             else:
-                symbols[lane, j] = np.int16(a - alphabet)
+                symbols[token, j] = np.int16(a - alphabet)
         bad[lane] = (not ok) or x != _LOW or p != end
 
 
