@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamo_kvtc.calibrate.narrow import quantise_narrow
 from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Artifact, Manifest, Point, load_artifact, save_artifact
 from dynamo_kvtc.codec.channels import from_rows, split_rows
 from dynamo_kvtc.ops import project, quantize, rans
@@ -23,6 +24,8 @@ ALPHABET = 15
 CLASSES = 16
 LEADING = 6
 """Components that decide a token's fineness, or all live ones if there are fewer."""
+WIDE_STEPS = 2.5
+"""Standard deviation, in steps, from which a component is wide."""
 ROUNDING = 0.4
 CENTROID = 0.1
 NOISE = 2.0**-7
@@ -52,6 +55,7 @@ def make_artifact(
     seed: int = 0,
     components: int = 48,
     block_tokens: int = 16,
+    lanes: int = 1,
 ) -> tuple[Manifest, dict[str, Tensor], Artifact]:
     """A kvtc artifact of random numbers, saved and opened: its manifest, its tensors, rank 0's view.
 
@@ -76,9 +80,17 @@ def make_artifact(
             weight = np.exp(generator.normal(0.0, 0.5, channels))
             tensors[f"{name}.mean"] = _float(generator.normal(0.0, 0.5, channels) / weight)
             tensors[f"{name}.weight"] = _float(weight)
-            tensors[f"{name}.basis"] = project.quantise_basis(torch.from_numpy(np.ascontiguousarray(basis)))
+            columns = torch.from_numpy(np.ascontiguousarray(basis))
+            deviation = _float(np.concatenate([sigma, np.full(channels - count, NOISE)]))
+            entries, scale, exponent = quantise_narrow(columns.float(), deviation)
+            tensors[f"{name}.reach"] = _float(6 * np.sqrt((basis**2) @ sigma**2 + NOISE**2))
+            tensors[f"{name}.wide"] = project.quantise_basis(columns)
+            tensors[f"{name}.narrow"], tensors[f"{name}.scale"] = entries, scale
+            tensors[f"{name}.exponent"] = torch.tensor([exponent], dtype=torch.int32)
             for p, (_, step) in enumerate(points):
                 live = sigma[sigma > 0.3 * step]
+                wide = max(min(LEADING, len(live)), int((live / step > WIDE_STEPS).sum()))
+                tensors[f"{name}.point{p}.wide"] = torch.tensor([wide], dtype=torch.int32)
                 classes = _classes(live / step)
                 tensors[f"{name}.point{p}.classes"] = torch.from_numpy(classes)
                 lane = lane_tensors(generator, sigma / step, classes, channels * (NOISE / step) ** 2, step)
@@ -94,7 +106,7 @@ def make_artifact(
         tp_size=tp_size,
         block_tokens=block_tokens,
         groups=groups,
-        points=tuple(Point(name, step, 10.0) for name, step in points),
+        points=tuple(Point(name, step, 10.0, lanes=lanes) for name, step in points),
         calibration={"synthetic": {"seed": seed, "sigma": sigmas}},
     )
     return saved(manifest, tensors)
@@ -247,7 +259,7 @@ def random_kv(artifact: Artifact, tokens: int, seed: int, positions: Tensor | No
             continue
         sigma = np.array(artifact.manifest.calibration["synthetic"]["sigma"][f"rank{artifact.rank}.{name}"])
         channels = 2 * (end - start) * shape.kv_heads * shape.head_dim
-        basis = artifact.tensor(f"{name}.basis", torch.int16, channels, -1).numpy() * 2.0**-project.BASIS_BITS
+        basis = artifact.tensor(f"{name}.wide", torch.int16, channels, -1).numpy() * 2.0**-project.BASIS_BITS
         z = generator.laplace(0.0, sigma / math.sqrt(2.0), (tokens, len(sigma)))
         rows = z @ basis.T + generator.normal(0.0, NOISE, (tokens, channels))
         weight = artifact.tensor(f"{name}.weight", torch.float32, channels).numpy()

@@ -124,13 +124,14 @@ def fit_paper_part(
     gain = torch.full((channels,), 1.0 / unit, dtype=torch.float32, device=rows.device)
     parts, outside = [], []
     for start in range(0, rows.shape[0], _ANALYSIS_TOKENS):
-        exact, energy, saturated = project.analyse(rows[start : start + _ANALYSIS_TOKENS], mean, gain, basis)
+        fixed, energy, saturated = project.fixed_point(rows[start : start + _ANALYSIS_TOKENS], mean, gain)
+        exact = project.analyse_wide(fixed, basis)
         held = (exact * 2.0**-project.BASIS_BITS).square().sum(dim=1)
         parts.append(affine.normalise(exact)[~saturated])
         outside.append((energy - held).clamp(min=0)[~saturated])
     coefficients = torch.cat(parts)
     if not len(coefficients):
-        raise TooFewTokensError(f"none of {rows.shape[0]} calibration tokens is within 32767 units of {unit} each")
+        raise TooFewTokensError(f"none of {rows.shape[0]} calibration tokens is within {project.INPUT_MAX} units of {unit} each")
     rest = float(torch.cat(outside).mean()) * unit**2
     step = unit * 2.0 ** (affine.FRACTION_BITS - project.BASIS_BITS)
     return [

@@ -13,56 +13,74 @@ from dynamo_kvtc.calibrate.allocate import fit_paper_part, paper_unit
 from dynamo_kvtc.calibrate.collect import CacheModel, CacheSample, Fisher, Part, Progress
 from dynamo_kvtc.calibrate.covariance import eigenbasis
 from dynamo_kvtc.calibrate.importance import LEADING, ImportanceModel, fit_importance
+from dynamo_kvtc.calibrate.narrow import quantise_narrow
 from dynamo_kvtc.calibrate.solve import solve_step
 from dynamo_kvtc.calibrate.tables import PointTables, fit_tables
 from dynamo_kvtc.codec.artifact import Point
-from dynamo_kvtc.codec.kvtc import overhead_bits_per_token
+from dynamo_kvtc.codec.lanes import overhead_bits_per_token
 from dynamo_kvtc.ops.project import BASIS_BITS, INPUT_MAX, quantise_basis
-from dynamo_kvtc.ops.quantize import INPUT_BITS
+from dynamo_kvtc.ops.quantize import ENERGY_MAX, INPUT_BITS, SYMBOL_MAX
 from dynamo_kvtc.types import RopeSpec
 
 _FITTING_SHARE = 0.999
 """Share of tokens whose channels must fit the transform's fixed point; the others are stored exact."""
 
+_REACH_SHARE = 0.9995
+"""Share of tokens that a channel's reach covers; what is clipped beyond it adds about 1% to the noise."""
+
 _SOLVE_TOKENS = 1024
 """Tokens on which the step is searched; the tables at the step found use all of the sample."""
 
 
+_COMPONENTS_PER_LANE = 4096
+"""A lane of more components is split: a GPU decodes lanes side by side, but each costs 4 bytes."""
+
+
 @dataclass
 class KvtcTransform:
-    """One part's transform: x -> ((x - mean) * scale) @ basis. basis: int16 fixed point [P, R]."""
+    """One part's transform: x -> ((x - mean) * weight) @ basis.
+
+    wide: int16 [P, R], the basis in 16 bits; narrow: int8 [P, R], scale: uint8 [R], exponent: the same in 8 bits.
+    """
 
     part: Part
     mean: Tensor
+    weight: Tensor
+    wide: Tensor
+    narrow: Tensor
     scale: Tensor
-    basis: Tensor
+    exponent: int
 
     @classmethod
-    def fit(cls, part: Part, mean: Tensor, covariance: Tensor, scale: Tensor, rank: int) -> KvtcTransform:
-        """PCA of the scaled channels. covariance float32 [P, P] is overwritten."""
-        basis, _ = eigenbasis(covariance.mul_(scale[:, None]).mul_(scale), min(rank, len(mean)))
-        return cls(part, mean, scale, quantise_basis(basis))
+    def fit(cls, part: Part, mean: Tensor, covariance: Tensor, weight: Tensor, rank: int) -> KvtcTransform:
+        """PCA of the weighted channels. covariance float32 [P, P] is overwritten."""
+        covariance.mul_(weight[:, None]).mul_(weight)
+        basis, variance = eigenbasis(covariance, min(rank, len(mean)))
+        return cls(part, mean, weight, quantise_basis(basis), *quantise_narrow(basis, variance.sqrt()))
 
     def coefficients(self, rows: Tensor, rank: int | None = None) -> Tensor:
         """float32 [n, R], or the first ``rank`` of them, of rows float32 [n, P]."""
-        return self.scaled(rows) @ self.basis[:, :rank].float() * 2.0**-BASIS_BITS
+        return self.scaled(rows) @ self.wide[:, :rank].float() * 2.0**-BASIS_BITS
 
     def scaled(self, rows: Tensor) -> Tensor:
         """float32 [n, P]: the channels as the transform sees them."""
-        return (rows - self.mean) * self.scale
+        return (rows - self.mean) * self.weight
 
 
 @dataclass
 class KvtcPoints:
     """Operating points of all ranks over one set of transforms; ``add`` fits one more.
 
-    peak: largest scaled channel of all but the most extreme tokens.
+    peak, norm: largest scaled channel and Euclidean norm of all but the most extreme tokens; reach: float32 [P] per
+    part, how far all but one in 2,000 of its values go.
     """
 
     transforms: list[KvtcTransform]
     importance: list[ImportanceModel]
     coefficients: list[Tensor]
     peak: float
+    norm: float
+    reach: list[Tensor]
     raw_bits_per_token: int
     block_tokens: int
     points: list[Point] = field(default_factory=list)
@@ -73,12 +91,15 @@ class KvtcPoints:
         cls, transforms: list[KvtcTransform], importance: list[ImportanceModel], sample: CacheSample, rope: RopeSpec,
         raw_bytes_per_token: int, block_tokens: int,
     ) -> KvtcPoints:  # fmt: skip
-        coefficients, peak = [], 0.0
+        coefficients, reach, peak, norm = [], [], 0.0, 0.0
         for t in transforms:
             rows = sample.rows(t.part, rope)
             coefficients.append(t.coefficients(rows))
-            peak = max(peak, float(t.scaled(rows).abs().amax(dim=1).quantile(_FITTING_SHARE)))
-        return cls(transforms, importance, coefficients, peak, 8 * raw_bytes_per_token, block_tokens)
+            scaled = t.scaled(rows)
+            reach.append(_quantile(scaled.abs(), _REACH_SHARE))
+            peak = max(peak, float(scaled.abs().amax(dim=1).quantile(_FITTING_SHARE)))
+            norm = max(norm, float(scaled.norm(dim=1).quantile(_FITTING_SHARE)))
+        return cls(transforms, importance, coefficients, peak, norm, reach, 8 * raw_bytes_per_token, block_tokens)
 
     @property
     def ranks(self) -> int:
@@ -91,18 +112,20 @@ class KvtcPoints:
         for rank in range(self.ranks):
             mine = [i for i, t in enumerate(self.transforms) if t.part.rank == rank]
             coefficients = [self.coefficients[i][::stride] for i in mine]
-            out.append(fit_tables(coefficients, step, [self.importance[i] for i in mine]))
+            scales = [self.transforms[i].scale for i in mine]
+            out.append(fit_tables(coefficients, step, [self.importance[i] for i in mine], scales))
         return out
 
     def ratio(self, tables: list[PointTables]) -> float:
         """Coded tokens' ratio of these tables, record headers included."""
-        overhead = overhead_bits_per_token(len(tables[0].groups), self.block_tokens)
+        overhead = overhead_bits_per_token(len(tables[0].groups), self.block_tokens, lanes_of(tables))
         return self.raw_bits_per_token / sum(t.bits + overhead for t in tables)
 
     def reachable(self) -> tuple[float, float]:
-        """Smallest and largest sensible step: inputs and symbols must fit 16 bits, and something be left to code."""
+        """Smallest and largest sensible step: inputs and symbols must fit their bits, and something be left to code."""
         spread = max(float(y.abs().max()) for y in self.coefficients)
-        return max(self.peak * 2**INPUT_BITS, spread) / INPUT_MAX, spread
+        one = 2**INPUT_BITS
+        return max(self.peak * one / INPUT_MAX, self.norm * one / ENERGY_MAX**0.5, spread / SYMBOL_MAX), spread
 
     def solve(self, ratio: float) -> float:
         """The step for a ratio. Raises UnreachableTargetError."""
@@ -123,24 +146,30 @@ class KvtcPoints:
     def add(self, name: str, step: float) -> None:
         tables = self.fit(step)
         self.fitted.append(tables)
-        self.points.append(Point(name=name, step=step, expected_ratio=self.ratio(tables)))
+        self.points.append(Point(name=name, step=step, expected_ratio=self.ratio(tables), lanes=lanes_of(tables)))
 
     def tensors(self) -> dict[str, Tensor]:
         """The artifact's tensors, the basis trimmed to the components that live at some point."""
         out: dict[str, Tensor] = {}
-        for t in self.transforms:
+        for i, t in enumerate(self.transforms):
             rank, group = t.part.rank, t.part.group
             prefix = f"rank{rank}.group{group}"
             live = max(len(tables[rank].groups[group].classes) for tables in self.fitted)
-            out[f"{prefix}.mean"], out[f"{prefix}.weight"] = t.mean, t.scale
-            out[f"{prefix}.basis"] = t.basis[:, : max(live, 1)].contiguous()
-            for i, tables in enumerate(self.fitted):
+            wide = max(tables[rank].groups[group].wide for tables in self.fitted)
+            out[f"{prefix}.mean"], out[f"{prefix}.weight"] = t.mean, t.weight
+            out[f"{prefix}.reach"] = self.reach[i]
+            out[f"{prefix}.wide"] = t.wide[:, : max(wide, 1)].contiguous()
+            out[f"{prefix}.narrow"] = t.narrow[:, : max(live, 1)].contiguous()
+            out[f"{prefix}.scale"] = t.scale[: max(live, 1)].contiguous()
+            out[f"{prefix}.exponent"] = torch.tensor([t.exponent], dtype=torch.int32)
+            for p, tables in enumerate(self.fitted):
                 fit = tables[rank].groups[group]
-                out[f"{prefix}.point{i}.classes"] = torch.from_numpy(fit.classes)
-                out[f"{prefix}.point{i}.error"] = torch.tensor([fit.error], dtype=torch.float32)
-                out[f"{prefix}.point{i}.importance"] = fit.importance
-                out[f"{prefix}.point{i}.bias"] = torch.tensor([fit.bias], dtype=torch.int32)
-                out[f"{prefix}.point{i}.thresholds"] = fit.thresholds
+                out[f"{prefix}.point{p}.classes"] = torch.from_numpy(fit.classes)
+                out[f"{prefix}.point{p}.wide"] = torch.tensor([fit.wide], dtype=torch.int32)
+                out[f"{prefix}.point{p}.error"] = torch.tensor([fit.error], dtype=torch.float32)
+                out[f"{prefix}.point{p}.importance"] = fit.importance
+                out[f"{prefix}.point{p}.bias"] = torch.tensor([fit.bias], dtype=torch.int32)
+                out[f"{prefix}.point{p}.thresholds"] = fit.thresholds
         for i, tables in enumerate(self.fitted):
             for rank, shared in enumerate(tables):
                 prefix = f"rank{rank}.point{i}"
@@ -150,6 +179,18 @@ class KvtcPoints:
                 out[f"{prefix}.centroid"] = torch.from_numpy(shared.centroid)
                 out[f"{prefix}.activity"] = torch.from_numpy(shared.activity)
         return out
+
+
+def _quantile(x: Tensor, share: float) -> Tensor:
+    """float32 [P]: each column's quantile (torch.quantile refuses large inputs)."""
+    count = max(1, round((1 - share) * len(x)))
+    return x.topk(count, dim=0).values[-1]
+
+
+def lanes_of(tables: list[PointTables]) -> int:
+    """rANS lanes a token, from the most components of any rank's layer group."""
+    most = max(len(group.classes) for table in tables for group in table.groups)
+    return min(8, 2 ** max(0, math.ceil(math.log2(max(most, 1) / _COMPONENTS_PER_LANE))))
 
 
 def token_importance(

@@ -31,6 +31,9 @@ _SMALLEST_SCALE = 0.02
 _SCALE_PER_SHIFT = 12.0
 """A class whose symbols average above this gives its low bits to the raw stream."""
 
+_CLIPPED = 0.004
+"""Squared steps that a component may lose on average by clipping; beyond it, it is wide. A step's noise is 1/12."""
+
 _ACTIVITY_ONE = 4096
 _ROUNDS = 3
 _OFFSET_TOKENS = 128
@@ -38,11 +41,13 @@ _OFFSET_TOKENS = 128
 
 @dataclass(frozen=True)
 class GroupFit:
-    """One layer group's part of a point: classes uint8 [r] of its live components, the leading components' importance
-    weights int32 [2, F] and bias, the table choices' thresholds int64 [15]; bits: mean per token under the tables;
-    error: mean squared error per token in the token's own steps, dropped components included."""
+    """One layer group's part of a point: classes uint8 [r] of its live components, how many of them are wide, the
+    leading components' importance weights int32 [2, F] and bias, the table choices' thresholds int64 [15]; bits: mean
+    per token under the tables; error: mean squared error per token in the token's own steps, dropped components
+    included."""
 
     classes: NDArray[np.uint8]
+    wide: int
     importance: Tensor
     bias: int
     thresholds: Tensor
@@ -66,9 +71,14 @@ class PointTables:
 
 
 def fit_tables(
-    coefficients: list[Tensor], step: float, importance: list[ImportanceModel], slope: float = LAMBDA
-) -> PointTables:
-    """The point at this step. coefficients: per layer group float32 [n, R_g], components by falling variance."""
+    coefficients: list[Tensor], step: float, importance: list[ImportanceModel], scales: list[Tensor],
+    slope: float = LAMBDA,
+) -> PointTables:  # fmt: skip
+    """The point at this step.
+
+    Per layer group: coefficients float32 [n, R_g], components by falling variance; scales uint8 [R_g], levels per step
+    of the narrow basis.
+    """
     lanes = [_Lanes.of(y, step, model) for y, model in zip(coefficients, importance, strict=True)]
     classes = _Classes.over(torch.cat([lane.scale for lane in lanes]))
     for lane in lanes:
@@ -78,7 +88,7 @@ def fit_tables(
         if round_ == 0:
             for lane in lanes:
                 lane.choose_tables(classes)
-    groups = tuple(lane.finish(classes, slope) for lane in lanes)
+    groups = tuple(lane.finish(classes, slope, scale) for lane, scale in zip(lanes, scales, strict=True))
     return PointTables(
         groups,
         ClassTables(np.stack(classes.rows), classes.shift.astype(np.uint8)),
@@ -133,7 +143,7 @@ class _Classes:
             threshold = level / 2 + slope * float(cost[1] - cost[0]) / (2 * level)
             self.rounding[c] = min(0.5, max(0.2, 1.0 - threshold))
         # Coding a decoded block again must give the same symbols: levels stay well inside their bins.
-        self.centroid = np.clip(self.centroid, self.rounding - 0.85, self.rounding - 0.1)
+        self.centroid = np.clip(self.centroid, self.rounding - 0.8, self.rounding - 0.2)
 
     def prices(self, device: torch.device) -> Tensor:
         """float32 [C, 2 * ALPHABET + 2]: bits of each table symbol, an uncoded one at the price of its escape."""
@@ -240,7 +250,7 @@ class _Lanes:
         weights = torch.from_numpy(classes.activity).to(q.device)[self.classes[n:]]
         return (q[:, n:].clamp(max=quantize.CLIP) * weights).sum(dim=1)
 
-    def finish(self, classes: _Classes, slope: float) -> GroupFit:
+    def finish(self, classes: _Classes, slope: float, scale: Tensor) -> GroupFit:
         """Drops the trailing components that cost more than they mend."""
         q = self.magnitudes(classes)
         bits = self.bits(classes, q, self.shifted_classes()).mean(dim=0, dtype=torch.float64)
@@ -254,8 +264,12 @@ class _Lanes:
             torch.cumsum(torch.cat([energy.sum().reshape(1), error + slope * bits - energy]), dim=0) + self.full_error
         )
         live = max(int(cost.argmin()), self.leading)
+        limit = torch.div(quantize.LEVEL_MAX, scale[:live].to(self.magnitude), rounding_mode="floor")
+        clipped = (self.magnitude[:, :live] - (limit + 0.5)).clamp(min=0).square().mean(dim=0)
+        too_large = torch.nonzero(clipped > _CLIPPED)[:, 0]
         return GroupFit(
             classes=self.classes[:live].to(torch.uint8).cpu().numpy(),
+            wide=max(self.leading, int(too_large[-1]) + 1 if len(too_large) else 0),
             importance=self.importance.cpu(),
             bias=self.bias,
             thresholds=self.thresholds.cpu(),

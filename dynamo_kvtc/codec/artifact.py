@@ -34,7 +34,7 @@ from dynamo_kvtc.errors import (
 )
 from dynamo_kvtc.types import KVShape, ModelIdentity, RopeSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "kvtc"
 
 
@@ -44,12 +44,14 @@ class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step: quantiser step in the scaled domain (profile kvtc; 0 for paper, whose scales travel in the records).
     expected_ratio: coded tokens against the engine's dtype, from calibration text kept out of the PCA.
     expected_kl: mean KL per token of a continuation on the same text, None if it was not measured.
+    lanes: rANS lanes a token and layer group has (profile kvtc).
     """
 
     name: str
     step: float
     expected_ratio: float
     expected_kl: float | None = None
+    lanes: int = 1
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -33,7 +33,8 @@ class _Part:
 
     def quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes uint8 [T, W] of rows float32 [T, P2], and squared error float64 [T] in channel units, or infinite."""
-        coefficients, energy, saturated = project.analyse(rows, self.mean, self.analysis_gain, self.basis)
+        fixed, energy, saturated = project.fixed_point(rows, self.mean, self.analysis_gain)
+        coefficients = project.analyse_wide(fixed, self.basis)
         values = affine.normalise(coefficients)
         data, overflow = affine.encode(values, self.runs)
         exact = coefficients * 2.0**-project.BASIS_BITS
@@ -46,7 +47,7 @@ class _Part:
     def dequantise(self, data: Tensor) -> Tensor:
         """float32 [T, P2] from ``quantise``'s bytes."""
         levels = affine.decode(data, self.runs)
-        return project.synthesise(levels, self.decoder, self.synthesis_gain, self.mean)
+        return project.synthesise_wide(levels, self.decoder) * self.synthesis_gain + self.mean
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dynamo_kvtc.errors import (
 )
 
 MAGIC = b"KVTC"
-VERSION = 1
+VERSION = 2
 MAX_BLOCK_TOKENS = 1024
 MAX_GROUPS = 64
 MAX_RANKS = 256

@@ -6,12 +6,33 @@ import torch
 from torch import Tensor
 
 
-def quantise(coefficients: Tensor, rounding: Tensor, fraction_bits: int, limit: int) -> tuple[Tensor, Tensor]:
-    # |c| * gain < 2**52: the sum, the power-of-two scaling and the floor are exact in float64.
-    magnitude = ((coefficients.abs() + rounding) * 2.0**-fraction_bits).floor()
-    overflow = (magnitude > limit).any(dim=1)
-    symbols = torch.sign(coefficients) * magnitude.clamp(max=limit)
+def quantise(
+    coefficients: Tensor, units: Tensor, rounding: Tensor, limits: Tensor, gain: Tensor, bits: int, rounding_shift: int,
+    symbol_max: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # |c| < 2**31, units < 2**18, gain <= 2**10: all of it fits 63 bits.
+    magnitude = (coefficients.abs() * units * gain[:, None] + (rounding << rounding_shift)) >> bits
+    overflow = (magnitude.clamp(max=symbol_max + 1) > symbol_max).logical_and(limits >= symbol_max).any(dim=1)
+    symbols = torch.sign(coefficients) * torch.minimum(magnitude, limits)
     return symbols.to(torch.int16), overflow
+
+
+def narrow_levels(symbols: Tensor, scale: Tensor, bias: Tensor, level_max: int) -> Tensor:
+    q = symbols.to(torch.int32)
+    magnitude = (q.abs() * scale - bias).clamp(0, level_max)
+    return (torch.sign(q) * magnitude).to(torch.int8)
+
+
+def squares(
+    coefficients: Tensor, units: Tensor, levels: Tensor, gain: Tensor, leading: int, shift: int, gain_bits: int
+) -> tuple[Tensor, Tensor]:
+    """Sums over R of the coefficients' squares and of their squared distance to the levels, int64 [T]."""
+    magnitude = (coefficients.abs() * units + (1 << (shift - 1))) >> shift
+    y = torch.sign(coefficients) * magnitude
+    common = levels.clone()
+    rest = levels[:, leading:]
+    common[:, leading:] = torch.sign(rest) * (((rest.abs() << gain_bits) + gain[:, None] // 2) // gain[:, None])
+    return y.square().sum(dim=1), (y - common).square().sum(dim=1)
 
 
 def score(symbols: Tensor, weights: Tensor, clip: int) -> Tensor:
