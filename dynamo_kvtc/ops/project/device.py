@@ -1,0 +1,191 @@
+"""The transform on the GPU: its operands as the kernels want them, and the checks before they are launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynamo_kvtc.errors import ConfigError
+
+ALIGNMENT = 16
+"""Bytes: rows of what a kernel reads through a tensor descriptor start at multiples of it."""
+MIN_FRONT = 32
+_LIMB = 256
+
+
+def padded(columns: int, itemsize: int) -> int:
+    """Columns of a row that starts at a multiple of ALIGNMENT bytes; at least one such stretch, so none is empty."""
+    step = ALIGNMENT // itemsize
+    return max(step, -(-columns // step) * step)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """A copy of x [n, m] whose rows start at multiples of ALIGNMENT bytes; what lies between them is 0.
+
+    Returns a view [n, max(m, 1)] of it: an operand without columns gets one of zeros.
+    """
+    rows, columns = x.shape
+    out = torch.zeros(rows, padded(columns, x.itemsize), dtype=x.dtype, device=x.device)
+    out[:, :columns] = x
+    return out[:, : max(columns, 1)]
+
+
+def limbs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int16 x as int8 (high, low), x = 256 * high + low; |x| is at most 127 * 256 + 127."""
+    high = (x.to(torch.int32) + _LIMB // 2) >> 8
+    return high.to(torch.int8), (x.to(torch.int32) - high * _LIMB).to(torch.int8)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A layer group's operands for ``analyse_device``: int8 [W or N, P or Pw], rows aligned.
+
+    wide_*: the two limbs of the wide basis, narrow: the narrow one; *_high: the same for the wide inputs' high limbs.
+    """
+
+    wide_high: Tensor
+    wide_low: Tensor
+    wide_high_high: Tensor
+    wide_low_high: Tensor
+    narrow: Tensor
+    narrow_high: Tensor
+
+    @classmethod
+    def of(cls, wide: Tensor, narrow: Tensor, wide_inputs: Tensor) -> Analysis:
+        """wide: int16 [P, W]; narrow: int8 [P, N]; wide_inputs: int64 [Pw]; all on the device to be used."""
+        high, low = limbs(wide.T)
+        of_high = [x[:, wide_inputs] for x in (high, low, narrow.T)]
+        return cls(
+            aligned(high), aligned(low), aligned(of_high[0]), aligned(of_high[1]), aligned(narrow.T),
+            aligned(of_high[2]),
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).untyped_storage().nbytes() for name in self.__dataclass_fields__)
+
+
+def analyse_device(low: Tensor, high: Tensor, basis: Analysis, out: Tensor) -> None:
+    """Exact coefficients of fixed-point inputs, wide components first, modulo 2**32.
+
+    low: int8 [T, P], the low limbs; high: int8 [T, max(Pw, 1)], the wide inputs' high limbs (zeros where there are
+    none); rows aligned. out: int32 [T, W + N].
+    """
+    from dynamo_kvtc.ops.project import triton as kernels
+
+    for name, x in (("low", low), ("high", high)):
+        _check_operand(name, x, torch.int8)
+    width, rest = basis.wide_high.shape[0], basis.narrow.shape[0]
+    if out.dtype != torch.int32 or out.shape != (len(low), width + rest):
+        raise ConfigError(f"out must be int32 [{len(low)}, {width + rest}]; got {out.dtype} {tuple(out.shape)}")
+    kernels.analyse(low, high, basis.wide_high, basis.wide_high_high, out[:, :width], False)
+    kernels.analyse(low, high, basis.wide_low, basis.wide_low_high, out[:, :width], True)
+    kernels.analyse(low, high, basis.narrow, basis.narrow_high, out[:, width:], False)
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """A layer group's operands for ``synthesise_into_pages``. Columns are padded heads (``head_columns``), Pp in all.
+
+    narrow: int8 [Pp, N]; wide: float16 [Pp, W], zeros for the leading components; front: float16 [Pp, F'], zeros for
+    the others; gain, mean: float32 [Pp]; narrow_unit: steps per unit of the narrow product.
+    """
+
+    narrow: Tensor
+    wide: Tensor
+    front: Tensor
+    gain: Tensor
+    mean: Tensor
+    narrow_unit: float
+    first_layer: int
+    layers: int
+    head: int
+    interleaved: bool
+    scaling: float
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.untyped_storage().nbytes() for x in (self.narrow, self.wide, self.front, self.gain, self.mean))
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where a cache's pages are: addresses int64 [L, 2] (bytes, K and V of each layer), strides in elements."""
+
+    addresses: Tensor
+    dtype: torch.dtype
+    heads: int
+    head_dim: int
+    block_tokens: int
+    stride_block: int
+    stride_head: int
+    stride_token: int
+
+
+def head_columns(head_dim: int, pairs: int, interleaved: bool) -> Tensor:
+    """int64 [HEAD]: which dim of a head each column of a padded head holds, -1 for none; HEAD is a power of two.
+
+    Dims that RoPE rotates together are neighbours; the dims it leaves alone follow.
+    """
+    width = 1 << max(1, (head_dim - 1).bit_length())
+    out = torch.full((width,), -1, dtype=torch.int64)
+    for i in range((head_dim + 1) // 2):
+        if i < pairs:
+            dims = (2 * i, 2 * i + 1) if interleaved else (i, i + pairs)
+        else:
+            dims = (2 * i, 2 * i + 1)
+        out[2 * i] = dims[0]
+        if dims[1] < head_dim:
+            out[2 * i + 1] = dims[1]
+    return out
+
+
+def synthesis_operands(
+    wide: Tensor, narrow: Tensor, leading: int, exponent: int, gain: Tensor, mean: Tensor, layers: tuple[int, int],
+    heads: int, head_dim: int, pairs: int, interleaved: bool, scaling: float,
+) -> Synthesis:  # fmt: skip
+    """wide: int16 [P, W]; narrow: int8 [P, N]; gain, mean: float32 [P]; on the device to be used. P = 2 Lg H D."""
+    columns = head_columns(head_dim, pairs, interleaved).to(wide.device)
+    units = len(mean) // head_dim
+    index = (torch.arange(units, device=wide.device)[:, None] * head_dim + columns).where(columns >= 0, -1).reshape(-1)
+    there = index >= 0
+
+    def rows(x: Tensor) -> Tensor:
+        return torch.where(there.reshape(-1, *[1] * (x.dim() - 1)), x[index.clamp(min=0)], 0)
+
+    full = (rows(wide).float() * 2.0**-15).half()
+    front = torch.zeros(len(full), 1 << (max(leading, MIN_FRONT) - 1).bit_length(), dtype=torch.half, device=wide.device)
+    front[:, :leading] = full[:, :leading]
+    full[:, :leading] = 0
+    return Synthesis(
+        aligned(rows(narrow)), aligned(full), aligned(front), rows(gain), rows(mean), 2.0**-exponent, layers[0],
+        layers[1] - layers[0], len(columns), interleaved, scaling,
+    )  # fmt: skip
+
+
+def synthesise_into_pages(
+    narrow: Tensor, wide: Tensor, basis: Synthesis, parameters: Tensor, shrink: Tensor, cos: Tensor, sin: Tensor,
+    pages: Pages, slots: Tensor, keep: Tensor,
+) -> None:  # fmt: skip
+    """Decoded levels to K (RoPE applied) and V in the engine's pages, in one pass.
+
+    narrow: int8 [T, max(N, 1)]; wide: float16 [T, max(W, 1)], the leading components first; rows aligned; zeros where
+    there is no component. parameters: uint8 [T], its fineness in the low 4 bits; shrink: float32 [16], one over each
+    fineness's gain; cos, sin: float32 [T, pairs]; slots: int64 [T]; keep: uint8 [T], 0 for a token not to be written.
+    """
+    from dynamo_kvtc.ops.project import triton as kernels
+
+    _check_operand("narrow", narrow, torch.int8)
+    _check_operand("wide", wide, torch.float16)
+    kernels.synthesise(narrow, wide, basis, parameters, shrink, cos, sin, pages, slots, keep)
+
+
+def _check_operand(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    fits = x.dtype == dtype and x.dim() == 2 and x.stride(1) == 1 and x.shape[1] > 0
+    if not fits or x.data_ptr() % ALIGNMENT or x.stride(0) * x.itemsize % ALIGNMENT:
+        raise ConfigError(
+            f"{name} must be {dtype} [T, n > 0] with rows at multiples of {ALIGNMENT} bytes; got {x.dtype} "
+            f"{tuple(x.shape)} of strides {x.stride()}"
+        )
