@@ -13,13 +13,19 @@ import torch
 from torch import Tensor
 
 from dynamo_kvtc.errors import ConfigError
-from dynamo_kvtc.ops.rans.tables import DeviceTables
+from dynamo_kvtc.ops.rans.tables import LANES_PER_TOKEN, DeviceTables
 
 _WORDS = (torch.int16, torch.uint16)
 _CLASSES = (torch.uint8, torch.int32)
 _FLAGS = (torch.bool, torch.uint8)
 _WIDE_STEP = 16
 _INT32_MAX = 2**31 - 1
+
+BLOCK_LANES = 32
+"""Lanes of a program: one or more per thread of its warp."""
+COARSE = True
+"""Look a slot up among 256 cells first: a warp's reads then fall on few cache lines, and only a cell that is mixed
+costs a second read."""
 
 
 def encode_lanes_device(
@@ -53,9 +59,7 @@ def encode_lanes_device(
         _vector("skip", skip, _FLAGS, len(symbols))
     _same_device(symbols, classes, tables.encode, words, lengths, offsets, skip)
     if lanes:
-        from dynamo_kvtc.ops.rans import triton as kernels
-
-        kernels.encode(symbols, classes, tables, words, lengths, offsets, skip, first, lanes_per_token)
+        _encode(symbols, classes, tables, words, lengths, offsets, skip, first, lanes_per_token)
 
 
 def decode_symbols_device(
@@ -83,9 +87,7 @@ def decode_symbols_device(
     _matrix("symbols", symbols, (torch.int16,), lanes // lanes_per_token, classes.shape[0])
     _same_device(words, starts, lengths, classes, tables.decode, symbols, bad, offsets)
     if lanes:
-        from dynamo_kvtc.ops.rans import triton as kernels
-
-        kernels.decode_symbols(words, starts, lengths, classes, tables, symbols, bad, offsets, first, lanes_per_token)
+        _decode(words, starts, lengths, classes, tables, bad, offsets, first, lanes_per_token, symbols=symbols)
 
 
 def decode_levels_device(
@@ -130,12 +132,51 @@ def decode_levels_device(
     _vector("bias", bias, (torch.int32,), rank)
     _same_device(words, starts, lengths, classes, tables.decode, wide, narrow, bad, centroid, scale, bias, offsets)
     if lanes:
-        from dynamo_kvtc.ops.rans import triton as kernels
-
-        kernels.decode_levels(
-            words, starts, lengths, classes, tables, wide, narrow, bad, centroid, scale, bias, wide_components,
-            offsets, first, lanes_per_token,
+        _decode(
+            words, starts, lengths, classes, tables, bad, offsets, first, lanes_per_token,
+            levels=(wide, narrow, centroid, scale, bias), wide_components=wide_components,
         )  # fmt: skip
+
+
+def _encode(
+    symbols: Tensor, classes: Tensor, tables: DeviceTables, words: Tensor, lengths: Tensor, offsets: Tensor | None,
+    skip: Tensor | None, first: int, split: int, block: int = BLOCK_LANES,
+) -> None:  # fmt: skip
+    from dynamo_kvtc.ops.rans import triton as kernels
+
+    kernels.encode_kernel[(-(-len(lengths) // block),)](
+        symbols, symbols.stride(0), classes, offsets if offsets is not None else classes,
+        _raw(skip) if skip is not None else classes, tables.encode, tables.shift, _raw(words), words.stride(0), lengths,
+        len(symbols), classes.shape[0], first, tables.classes - 1, tables.encode.shape[1], tables.alphabet,
+        words.shape[1], BLOCK=block, S=split, OFFSETS=offsets is not None, SKIP=skip is not None, num_warps=1,
+    )  # fmt: skip
+
+
+def _decode(
+    words: Tensor, starts: Tensor, lengths: Tensor, classes: Tensor, tables: DeviceTables, bad: Tensor,
+    offsets: Tensor | None, first: int, split: int, symbols: Tensor | None = None,
+    levels: tuple[Tensor, ...] | None = None, wide_components: int = 0, block: int = BLOCK_LANES, groups: int = 0,
+    coarse: bool = COARSE,
+) -> None:  # fmt: skip
+    from dynamo_kvtc.ops.rans import triton as kernels
+
+    # Chunks of at least 16 components: 16 bytes of a row at a time, and the wide ones are a multiple of that.
+    least = max(1, _WIDE_STEP // (4 * split))
+    # An output that is not asked for is never touched: any tensor stands in for it.
+    out = symbols if symbols is not None else bad
+    wide, narrow, centroid, scale, bias = levels if levels is not None else (bad,) * 5
+    kernels.decode_kernel[(-(-len(lengths) // block),)](
+        _raw(words), words.shape[0], starts, lengths, offsets if offsets is not None else classes, classes,
+        tables.decode, tables.coarse, tables.slots, tables.shift, out, out.stride(0), wide, wide.stride(0), narrow,
+        narrow.stride(0), bad, centroid, scale, bias, len(lengths) // split, classes.shape[0], wide_components, first,
+        tables.classes - 1, tables.alphabet, BLOCK=block, S=split, GROUPS=groups or least, WIDE_GROUPS=least,
+        LEVELS=levels is not None, OFFSETS=offsets is not None, COARSE=coarse, num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _raw(x: Tensor) -> Tensor:
+    """The same bytes under a dtype that every version of Triton takes."""
+    return x.view(torch.int16 if x.element_size() == 2 else torch.uint8)
 
 
 def _streams(
@@ -157,10 +198,10 @@ def _common(
     tokens: int,
 ) -> int:  # fmt: skip
     """Number of lanes, once what all three functions take is checked."""
-    if lanes_per_token not in (1, 2, 4, 8):
-        raise ConfigError(f"lanes_per_token is {lanes_per_token}; it must be one of (1, 2, 4, 8)")
+    if lanes_per_token not in LANES_PER_TOKEN:
+        raise ConfigError(f"lanes_per_token is {lanes_per_token}; it must be one of {LANES_PER_TOKEN}")
     if not on.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(f"tensors on {on.device} have no GPU kernels: use encode_lanes or decode_lanes on numpy arrays")
+        raise ConfigError(f"no kernels for tensors on {on.device}: use encode_lanes or decode_lanes on numpy arrays")
     _vector("classes", classes, _CLASSES, classes.shape[0])
     if offsets is not None:
         _vector("offsets", offsets, (torch.int8,), tokens)

@@ -7,13 +7,13 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
+from dynamo_kvtc.ops.rans.tables import MAX_NARROW_SYMBOL
+
 _BITS = 12
 _MASK = np.uint32((1 << _BITS) - 1)
 _LOW = np.uint32(1 << 16)
 _WORD = np.uint32(0xFFFF)
 _CHUNK_LANES = 4096
-MAX_NARROW_SYMBOL = 2047
-"""A symbol that becomes an 8-bit level is clipped to this first, so that its product with the scale fits 32 bits."""
 
 
 def encode(symbols, classes, offsets, first, frequencies, starts, shift, alphabet, split):

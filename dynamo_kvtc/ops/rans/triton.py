@@ -9,34 +9,41 @@ a chunk in which any lane of the program has one is done (by the decoder: done a
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from dynamo_kvtc.ops.rans import tables as t
-from dynamo_kvtc.ops.rans.tables import DeviceTables
-
-BLOCK_LANES = 32
-"""Lanes of a program: one or more per thread of its warp."""
-COARSE = True
-"""Look a slot up among 256 cells first: a warp's reads then fall on few cache lines, and only a cell that is mixed
-costs a second read."""
 
 _RARE = tl.constexpr(t.RARE)
 _MIXED = tl.constexpr(t.MIXED)
 _COARSE_BITS = tl.constexpr(t.COARSE_BITS)
-_NARROW_TOP = tl.constexpr(2047)
+_NARROW_TOP = tl.constexpr(t.MAX_NARROW_SYMBOL)
 _SYMBOLS, _WIDE, _NARROW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _shifted(base, j, offset, first, top):
+    c = base.to(tl.int32) + tl.where(j >= first, offset, 0)
+    return tl.minimum(tl.maximum(c, 0), top)
 
 
 @triton.jit
 def _class(classes, j, offset, first, top):
     """Of components j, all of them there."""
-    c = tl.load(classes + j).to(tl.int32) + tl.where(j >= first, offset, 0)
-    return tl.minimum(tl.maximum(c, 0), top)
+    return _shifted(tl.load(classes + j), j, offset, first, top)
+
+
+@triton.jit
+def _four_classes(classes, j, offset, first, top, S: tl.constexpr):
+    """Of four steps. Loads stay in the order they are written in: these before any that waits for a state."""
+    b0 = tl.load(classes + j)
+    b1 = tl.load(classes + (j + S))
+    b2 = tl.load(classes + (j + 2 * S))
+    b3 = tl.load(classes + (j + 3 * S))
+    return (
+        _shifted(b0, j, offset, first, top), _shifted(b1, j + S, offset, first, top),
+        _shifted(b2, j + 2 * S, offset, first, top), _shifted(b3, j + 3 * S, offset, first, top),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -48,29 +55,37 @@ def _unsigned(word):
 
 
 @triton.jit
+def _step(x, p, ahead, rare, packed, base, end, active, c, lut, coarse, COARSE: tl.constexpr):
+    slot = x & 4095
+    at = lut + ((c << 12) + slot.to(tl.int32))
+    if COARSE:
+        cell = coarse + ((c << (12 - _COARSE_BITS)) + (slot >> _COARSE_BITS).to(tl.int32))
+        entry = tl.load(cell, mask=active, other=0)
+        entry = tl.load(at, mask=entry == _MIXED, other=entry)
+    else:
+        entry = tl.load(at, mask=active, other=0)
+    bits = entry.to(tl.uint32, bitcast=True)
+    x = (((bits >> 12) & 4095) + 1) * (x >> 12) + slot - (bits & 4095)
+    need = x < 65536
+    x = tl.where(need, (x << 16) | _unsigned(ahead), x)
+    p += need.to(tl.int32)
+    # The next word is fetched a step or more before it is needed.
+    ahead = tl.load(base + p, mask=need & (p < end), other=ahead)
+    packed = (packed >> 8) | (bits & 0xFF000000)
+    rare |= ((entry >> 24) == _RARE).to(tl.int32)
+    return x, p, ahead, rare, packed
+
+
+@triton.jit
 def _four(x, p, ahead, rare, base, end, active, j, offset, first, top, classes, lut, coarse,
           S: tl.constexpr, COARSE: tl.constexpr):  # fmt: skip
     """Four steps of every lane; their table symbols as the bytes of a uint32, the first lowest."""
+    c0, c1, c2, c3 = _four_classes(classes, j, offset, first, top, S)
     packed = tl.zeros_like(x)
-    for u in tl.static_range(4):
-        c = _class(classes, j + u * S, offset, first, top)
-        slot = x & 4095
-        at = lut + ((c << 12) + slot.to(tl.int32))
-        if COARSE:
-            cell = coarse + ((c << (12 - _COARSE_BITS)) + (slot >> _COARSE_BITS).to(tl.int32))
-            entry = tl.load(cell, mask=active, other=0)
-            entry = tl.load(at, mask=entry == _MIXED, other=entry)
-        else:
-            entry = tl.load(at, mask=active, other=0)
-        bits = entry.to(tl.uint32, bitcast=True)
-        x = (((bits >> 12) & 4095) + 1) * (x >> 12) + slot - (bits & 4095)
-        need = x < 65536
-        x = tl.where(need, (x << 16) | _unsigned(ahead), x)
-        p += need.to(tl.int32)
-        # The next word is fetched a step or more before it is needed.
-        ahead = tl.load(base + p, mask=need & (p < end), other=ahead)
-        packed = (packed >> 8) | (bits & 0xFF000000)
-        rare |= ((entry >> 24) == _RARE).to(tl.int32)
+    x, p, ahead, rare, packed = _step(x, p, ahead, rare, packed, base, end, active, c0, lut, coarse, COARSE)
+    x, p, ahead, rare, packed = _step(x, p, ahead, rare, packed, base, end, active, c1, lut, coarse, COARSE)
+    x, p, ahead, rare, packed = _step(x, p, ahead, rare, packed, base, end, active, c2, lut, coarse, COARSE)
+    x, p, ahead, rare, packed = _step(x, p, ahead, rare, packed, base, end, active, c3, lut, coarse, COARSE)
     return x, p, ahead, rare, packed
 
 
@@ -177,11 +192,13 @@ def _components(x, p, ahead, base, end, active, exists, token, own, lane0, token
     return x, p, ahead
 
 
-@triton.jit(do_not_specialize=["total", "rank", "wide_components", "tokens", "first", "top", "alphabet"])
-def _decode(words, total, starts, lengths, offsets, classes, lut, coarse, slots, shift, symbols, symbols_stride, wide,
-            wide_stride, narrow, narrow_stride, bad, centroid, scale, bias, tokens, rank, wide_components, first, top,
-            alphabet, BLOCK: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, WIDE_GROUPS: tl.constexpr,
-            LEVELS: tl.constexpr, OFFSETS: tl.constexpr, COARSE: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["total", "rank", "tokens", "first", "top", "alphabet"])
+def decode_kernel(
+    words, total, starts, lengths, offsets, classes, lut, coarse, slots, shift, symbols, symbols_stride, wide,
+    wide_stride, narrow, narrow_stride, bad, centroid, scale, bias, tokens, rank, wide_components, first, top, alphabet,
+    BLOCK: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, WIDE_GROUPS: tl.constexpr, LEVELS: tl.constexpr,
+    OFFSETS: tl.constexpr, COARSE: tl.constexpr,
+):  # fmt: skip
     lane0 = tl.program_id(0) * BLOCK
     lane = lane0 + tl.arange(0, BLOCK)
     token = lane // S
@@ -282,9 +299,10 @@ def _put_one_by_one(x, p, row, active, symbols_row, own, j0, count, offset, firs
 
 
 @triton.jit(do_not_specialize=["tokens", "rank", "first", "top", "columns", "alphabet", "cap"])
-def _encode(symbols, symbols_stride, classes, offsets, skip, table, shift, words, words_stride, lengths, tokens, rank,
-            first, top, columns, alphabet, cap, BLOCK: tl.constexpr, S: tl.constexpr, OFFSETS: tl.constexpr,
-            SKIP: tl.constexpr):  # fmt: skip
+def encode_kernel(
+    symbols, symbols_stride, classes, offsets, skip, table, shift, words, words_stride, lengths, tokens, rank, first,
+    top, columns, alphabet, cap, BLOCK: tl.constexpr, S: tl.constexpr, OFFSETS: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
     CHUNK: tl.constexpr = 4 * S
     TOKENS: tl.constexpr = BLOCK // S
     lane0 = tl.program_id(0) * BLOCK
@@ -320,13 +338,11 @@ def _encode(symbols, symbols_stride, classes, offsets, skip, table, shift, words
         even, odd = tl.split(tl.reshape(by_lane, [BLOCK, 2, 2]))
         q0, q2 = tl.split(even)
         q1, q3 = tl.split(odd)
-        j = j0 + own
-        e0 = _entry(table, q0.to(tl.int32), _class(classes, j, offset, first, top), active, columns, alphabet)
-        e1 = _entry(table, q1.to(tl.int32), _class(classes, j + S, offset, first, top), active, columns, alphabet)
-        e2 = _entry(table, q2.to(tl.int32), _class(classes, j + 2 * S, offset, first, top), active, columns,
-                    alphabet)  # fmt: skip
-        e3 = _entry(table, q3.to(tl.int32), _class(classes, j + 3 * S, offset, first, top), active, columns,
-                    alphabet)  # fmt: skip
+        c0, c1, c2, c3 = _four_classes(classes, j0 + own, offset, first, top, S)
+        e0 = _entry(table, q0.to(tl.int32), c0, active, columns, alphabet)
+        e1 = _entry(table, q1.to(tl.int32), c1, active, columns, alphabet)
+        e2 = _entry(table, q2.to(tl.int32), c2, active, columns, alphabet)
+        e3 = _entry(table, q3.to(tl.int32), c3, active, columns, alphabet)
         closer = tl.max(((e0 | e1 | e2 | e3).to(tl.uint32) >> 31).to(tl.int32), axis=0)
         if closer == 0:
             x, p = _put(x, p, row, e3, active)
@@ -339,61 +355,3 @@ def _encode(symbols, symbols_stride, classes, offsets, skip, table, shift, words
     p = _emit(row, p, x, active)
     p = _emit(row, p, x >> 16, active)
     tl.store(lengths + lane, tl.where(active, tl.where(p < 0, -1, cap - p), 0), mask=exists)
-
-
-# --- launches ---------------------------------------------------------------------------------------------------------
-
-
-def encode(
-    symbols: Tensor, classes: Tensor, tables: DeviceTables, words: Tensor, lengths: Tensor, offsets: Tensor | None,
-    skip: Tensor | None, first: int, split: int, block: int = BLOCK_LANES,
-) -> None:  # fmt: skip
-    _encode[(triton.cdiv(len(lengths), block),)](
-        symbols, symbols.stride(0), classes, offsets if offsets is not None else classes,
-        _raw(skip) if skip is not None else classes, tables.encode, tables.shift, _raw(words), words.stride(0), lengths,
-        len(symbols), classes.shape[0], first, tables.classes - 1, tables.encode.shape[1], tables.alphabet,
-        words.shape[1], BLOCK=block, S=split, OFFSETS=offsets is not None, SKIP=skip is not None, num_warps=1,
-    )  # fmt: skip
-
-
-def decode_symbols(
-    words: Tensor, starts: Tensor, lengths: Tensor, classes: Tensor, tables: DeviceTables, symbols: Tensor, bad: Tensor,
-    offsets: Tensor | None, first: int, split: int, **options: Any,
-) -> None:  # fmt: skip
-    _launch_decode(words, starts, lengths, classes, tables, bad, offsets, first, split, symbols=symbols, **options)
-
-
-def decode_levels(
-    words: Tensor, starts: Tensor, lengths: Tensor, classes: Tensor, tables: DeviceTables, wide: Tensor, narrow: Tensor,
-    bad: Tensor, centroid: Tensor, scale: Tensor, bias: Tensor, wide_components: int, offsets: Tensor | None,
-    first: int, split: int, **options: Any,
-) -> None:  # fmt: skip
-    _launch_decode(
-        words, starts, lengths, classes, tables, bad, offsets, first, split,
-        levels=(wide, narrow, centroid, scale, bias), wide_components=wide_components, **options,
-    )  # fmt: skip
-
-
-def _launch_decode(
-    words: Tensor, starts: Tensor, lengths: Tensor, classes: Tensor, tables: DeviceTables, bad: Tensor,
-    offsets: Tensor | None, first: int, split: int, symbols: Tensor | None = None,
-    levels: tuple[Tensor, ...] | None = None, wide_components: int = 0, block: int = BLOCK_LANES, groups: int = 0,
-    coarse: bool = COARSE,
-) -> None:  # fmt: skip
-    # A chunk of at least 16 components: 16 bytes of a row at a time.
-    groups = groups or max(1, 4 // split)
-    # An output that is not asked for is never touched: any tensor stands in for it.
-    out = symbols if symbols is not None else bad
-    wide, narrow, centroid, scale, bias = levels if levels is not None else (bad,) * 5
-    _decode[(triton.cdiv(len(lengths), block),)](
-        _raw(words), words.shape[0], starts, lengths, offsets if offsets is not None else classes, classes,
-        tables.decode, tables.coarse, tables.slots, tables.shift, out, out.stride(0), wide, wide.stride(0), narrow,
-        narrow.stride(0), bad, centroid, scale, bias, len(lengths) // split, classes.shape[0], wide_components, first,
-        tables.classes - 1, tables.alphabet, BLOCK=block, S=split, GROUPS=groups, WIDE_GROUPS=max(1, 4 // split),
-        LEVELS=levels is not None, OFFSETS=offsets is not None, COARSE=coarse, num_warps=1, enable_fp_fusion=False,
-    )  # fmt: skip
-
-
-def _raw(x: Tensor) -> Tensor:
-    """The same bytes under a dtype that every version of Triton takes."""
-    return x.view(torch.int16 if x.element_size() == 2 else torch.uint8)
