@@ -20,6 +20,7 @@ _CLASSES = (torch.uint8, torch.int32)
 _FLAGS = (torch.bool, torch.uint8)
 _WIDE_STEP = 16
 _INT32_MAX = 2**31 - 1
+_MOST = 2**29
 
 BLOCK_LANES = 32
 """Lanes of a program: one or more per thread of its warp."""
@@ -207,7 +208,8 @@ def _common(
         _vector("offsets", offsets, (torch.int8,), tokens)
     if not 0 <= first <= _INT32_MAX:
         raise ConfigError(f"first is {first}; it must be from 0 to {_INT32_MAX}")
-    if tokens * lanes_per_token > _INT32_MAX or classes.shape[0] > _INT32_MAX // 4:
+    # The kernels count lanes and components, up to the end of their last chunk, in 32 bits.
+    if tokens * lanes_per_token > _MOST or classes.shape[0] > _MOST:
         raise ConfigError(f"{tokens} tokens of {classes.shape[0]} components are too many for one call: use several")
     return tokens * lanes_per_token
 
