@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dynamo_kvtc.errors import ConfigError
-from dynamo_kvtc.ops.rope import MAX_POSITION, apply_rope, remove_rope
+from dynamo_kvtc.ops.rope import MAX_POSITION, Rotations, apply_rope, remove_rope
 from dynamo_kvtc.types import RopeSpec
 from tests.builders import fresh_seed, gapped_positions, same_bits
 
@@ -117,3 +117,67 @@ def test_refuses_what_it_cannot_rotate():
 def test_last_position_is_allowed():
     out = apply_rope(torch.ones(1, 4), torch.tensor([MAX_POSITION]), RopeSpec((1.0, 1e-9)))
     assert out.isfinite().all()
+
+
+def exact_cos_sin(positions: np.ndarray, frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """longdouble [T, n]. A product of 31 and 53 bits does not fit, so the frequency's low bits turn on their own."""
+    if np.finfo(np.longdouble).nmant < 63:
+        pytest.skip("long double is no wider than double on this machine")
+    steps = positions.astype(np.longdouble)[:, None]
+    high = frequencies.astype(np.float32).astype(np.longdouble)
+    large, small = steps * high, steps * (frequencies.astype(np.longdouble) - high)
+    cos = np.cos(large) * np.cos(small) - np.sin(large) * np.sin(small)
+    return cos, np.sin(large) * np.cos(small) + np.cos(large) * np.sin(small)
+
+
+def test_rotations_are_within_an_ulp_at_any_position():
+    generator = np.random.default_rng(fresh_seed())
+    frequencies = np.concatenate([generator.uniform(1e-5, 1.0, 5), 10.0 ** -generator.uniform(0, 8, 5), [1.0, 333.3]])
+    positions = np.concatenate(
+        [np.arange(40), generator.integers(0, 2**20, 200), generator.integers(0, 2**31, 200), [MAX_POSITION]]
+    )
+    found = Rotations(RopeSpec(tuple(frequencies.tolist()))).at(torch.from_numpy(positions))
+    for mine, exact in zip(found, exact_cos_sin(positions, frequencies), strict=True):
+        assert mine.dtype == torch.float32
+        ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(np.longdouble)
+        assert float((np.abs(mine.numpy().astype(np.longdouble) - exact) / ulp).max()) < 1.0
+
+
+def test_rotations_do_not_depend_on_the_batch_and_start_at_one():
+    generator = np.random.default_rng(fresh_seed())
+    rotations = Rotations(spec("half", 9, generator))
+    positions = torch.from_numpy(generator.integers(0, MAX_POSITION, 57))
+    cos, sin = rotations.at(positions)
+    for t in (0, 31, 56):
+        assert all(
+            same_bits(a, b[t : t + 1]) for a, b in zip(rotations.at(positions[t : t + 1]), (cos, sin), strict=True)
+        )
+    zero = rotations.at(torch.zeros(1, dtype=torch.int64))
+    assert bool((zero[0] == 1).all())
+    assert bool((zero[1] == 0).all())
+    assert rotations.at(positions[:0])[0].shape == (0, 9)
+
+
+def test_rotations_refuse_what_is_no_position():
+    rotations = Rotations(RopeSpec((1.0, 0.5)))
+    for bad, told in [
+        (torch.zeros(3, dtype=torch.int32), "int32"),
+        (torch.zeros(2, 2, dtype=torch.int64), r"\(2, 2\)"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), "meta"),
+        (torch.tensor([3, -1]), "-1 to 3"),
+    ]:
+        with pytest.raises(ConfigError, match=told):
+            rotations.at(bad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_rotates_bit_for_bit_as_the_cpu():
+    generator = np.random.default_rng(fresh_seed())
+    rope = spec("half", 48, generator, 1.2079)
+    positions = torch.from_numpy(generator.integers(0, MAX_POSITION, 999))
+    for mine, truth in zip(Rotations(rope, "cuda").at(positions.cuda()), Rotations(rope).at(positions), strict=True):
+        assert same_bits(mine.cpu(), truth)
+    k = keys(generator, 2, 3, 999, 100)
+    for operation in (apply_rope, remove_rope):
+        assert same_bits(operation(k.cuda(), positions.cuda(), rope).cpu(), operation(k, positions, rope))

@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops.rope import reference
+from dynamo_kvtc.ops.rope.tables import BITS, Tables
 from dynamo_kvtc.types import RopeSpec
 
-MAX_POSITION = 2**31 - 1
+MAX_POSITION = 2 ** sum(BITS) - 1
+
+
+class Rotations:
+    """What RoPE multiplies by, for one model on one device: bit for bit the same on every device."""
+
+    def __init__(self, rope: RopeSpec, device: torch.device | str = "cpu") -> None:
+        """Tables of 64 KB a frequency; those of the last few models stay on the CPU."""
+        self.device = torch.device(device)
+        self._tables = Tables(rope.inv_freq, self.device)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of position * inv_freq, float32 [T, n], within one ulp; without attention_scaling.
+
+        positions: int64 [T] in [0, 2**31) on this device. On a GPU they are not checked, which would wait for it: bits
+        from 31 on are ignored. Raises ConfigError for other dtypes, shapes and devices, and on a CPU for positions out
+        of range.
+        """
+        if positions.dtype != torch.int64 or positions.dim() != 1 or positions.device.type != self.device.type:
+            raise ConfigError(
+                f"positions must be int64 [T] on {self.device}; got {positions.dtype} {tuple(positions.shape)} on "
+                f"{positions.device}"
+            )
+        _check_positions(positions)
+        return self._tables.at(positions)
+
+
+@lru_cache(maxsize=8)
+def rotations_of(rope: RopeSpec, device: torch.device) -> Rotations:
+    """``Rotations``, kept for the next call."""
+    return Rotations(rope, device)
 
 
 def remove_rope(k: Tensor, positions: Tensor, rope: RopeSpec) -> Tensor:
@@ -17,10 +50,9 @@ def remove_rope(k: Tensor, positions: Tensor, rope: RopeSpec) -> Tensor:
 
     k: float32 [..., H, T, D] as the engine caches them; positions: int64 [T], any order, gaps allowed.
     Returns float32 of k's shape. Elementwise only, so a token's result does not depend on its neighbours.
-    Raises ConfigError for other dtypes, shapes or positions out of [0, 2**31).
+    Raises ConfigError for other dtypes, shapes or positions out of [0, 2**31), which are checked if on a CPU.
     """
-    _check(k, positions, rope)
-    return reference.rotate(k, positions, rope, inverse=True)
+    return _rotate(k, positions, rope, inverse=True)
 
 
 def apply_rope(k: Tensor, positions: Tensor, rope: RopeSpec) -> Tensor:
@@ -28,8 +60,13 @@ def apply_rope(k: Tensor, positions: Tensor, rope: RopeSpec) -> Tensor:
 
     Shapes, dtypes and errors as in ``remove_rope``.
     """
+    return _rotate(k, positions, rope, inverse=False)
+
+
+def _rotate(k: Tensor, positions: Tensor, rope: RopeSpec, inverse: bool) -> Tensor:
     _check(k, positions, rope)
-    return reference.rotate(k, positions, rope, inverse=False)
+    cos, sin = rotations_of(rope, k.device).at(positions.to(k.device))
+    return reference.rotate(k, cos, sin, rope, inverse)
 
 
 def _check(k: Tensor, positions: Tensor, rope: RopeSpec) -> None:
@@ -41,7 +78,12 @@ def _check(k: Tensor, positions: Tensor, rope: RopeSpec) -> None:
         )
     if rope.rotary_dim > k.shape[-1]:
         raise ConfigError(f"RoPE rotates {rope.rotary_dim} dims but the head has {k.shape[-1]}")
-    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) <= MAX_POSITION:
-        raise ConfigError(
-            f"positions run from {int(positions.min())} to {int(positions.max())}; allowed is 0 to {MAX_POSITION}"
-        )
+    _check_positions(positions)
+
+
+def _check_positions(positions: Tensor) -> None:
+    if positions.device.type != "cpu" or not positions.numel():
+        return
+    first, last = int(positions.min()), int(positions.max())
+    if not 0 <= first <= last <= MAX_POSITION:
+        raise ConfigError(f"positions run from {first} to {last}; allowed is 0 to {MAX_POSITION}")

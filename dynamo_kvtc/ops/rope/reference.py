@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dynamo_kvtc.types import RopeSpec
 
 
-def rotate(k: Tensor, positions: Tensor, rope: RopeSpec, inverse: bool) -> Tensor:
-    cos, sin = _cos_sin(positions, rope)
-    cos, sin = cos.to(k.device), sin.to(k.device)
+def rotate(k: Tensor, cos: Tensor, sin: Tensor, rope: RopeSpec, inverse: bool) -> Tensor:
     if inverse:
         sin = -sin
         gain = 1.0 / rope.attention_scaling
@@ -27,9 +24,3 @@ def rotate(k: Tensor, positions: Tensor, rope: RopeSpec, inverse: bool) -> Tenso
     out[..., slots[0]] = (first * cos - second * sin) * gain
     out[..., slots[1]] = (second * cos + first * sin) * gain
     return out
-
-
-def _cos_sin(positions: Tensor, rope: RopeSpec) -> tuple[Tensor, Tensor]:
-    """float32 [T, D_rot / 2], angles taken in float64 on the CPU: every device multiplies by the same numbers."""
-    angles = positions.cpu().to(torch.float64)[:, None] * torch.tensor(rope.inv_freq, dtype=torch.float64)
-    return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
