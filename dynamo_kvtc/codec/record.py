@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +16,7 @@ from dynamo_kvtc.errors import (
     RecordTruncatedError,
     RecordVersionError,
 )
+from dynamo_kvtc.ops.checksum import crc32
 
 MAGIC = b"KVTC"
 VERSION = 2
@@ -80,7 +80,7 @@ class Record:
             raise RecordFormatError(f"layer group {group} asked of a record that has {self.groups}")
         start = self.offsets[group]
         section = self.data[start : start + self.sizes[group]]
-        found = zlib.crc32(section)
+        found = crc32(section)
         if found != self.checksums[group]:
             raise RecordCorruptError(
                 f"layer group {group}: checksum {found:#010x}, the record says {self.checksums[group]:#010x}"
@@ -105,7 +105,7 @@ def build_record(header: RecordHeader, sections: list[bytes]) -> bytes:
     if gaps:
         tail += positions.astype("<u4").tobytes()
     tail += b"\0" * (len(tail) % 2)
-    table = b"".join(_SECTION.pack(len(s), zlib.crc32(s)) for s in sections)
+    table = b"".join(_SECTION.pack(len(s), crc32(s)) for s in sections)
     header_size = _FIXED.size + len(table) + len(tail)
     total = header_size + sum(map(len, sections))
     if total > MAX_RECORD_BYTES:
@@ -115,7 +115,7 @@ def build_record(header: RecordHeader, sections: list[bytes]) -> bytes:
         int(positions[0]), tokens, int(header.exact.sum()), header.rank, len(sections), header_size,
     )  # fmt: skip
     unsigned = _FIXED.pack(*fields, 0) + table + tail
-    return b"".join([_FIXED.pack(*fields, zlib.crc32(unsigned)), table, tail, *sections])
+    return b"".join([_FIXED.pack(*fields, crc32(unsigned)), table, tail, *sections])
 
 
 def parse_record(data: bytes | memoryview) -> Record:
@@ -148,7 +148,7 @@ def parse_record(data: bytes | memoryview) -> Record:
         raise RecordTruncatedError(f"the header alone needs {header_size} bytes; the record has {total}")
     header = bytearray(view[:header_size])
     header[_CRC_OFFSET : _FIXED.size] = b"\0\0\0\0"
-    found = zlib.crc32(header)
+    found = crc32(header)
     if found != checksum:
         raise RecordCorruptError(f"header checksum {found:#010x}, the record says {checksum:#010x}")
 
