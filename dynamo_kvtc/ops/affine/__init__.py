@@ -25,6 +25,14 @@ from torch import Tensor
 
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops.affine import cpu, reference
+from dynamo_kvtc.ops.affine.device import (
+    decode_device,
+    device_plan,
+    encode_device,
+    from_planes,
+    to_planes,
+    valid_device,
+)
 from dynamo_kvtc.ops.affine.reference import FP8, INT2, INT4, NONE, Layout
 
 SIZES = (1, 16, 64, 256, 1024)
@@ -45,7 +53,8 @@ MAX_VALUE = 65504.0
 
 __all__ = [
     "CODE_BITS", "FP8", "FRACTION_BITS", "INT2", "INT4", "MAX_VALUE", "NONE", "RUN_BITS", "SIZES", "TYPES", "Layout",
-    "decode", "encode", "layout", "normalise", "run_errors", "valid",
+    "decode", "decode_device", "device_plan", "encode", "encode_device", "from_planes", "layout", "normalise",
+    "run_errors", "to_planes", "valid", "valid_device",
 ]  # fmt: skip
 
 
