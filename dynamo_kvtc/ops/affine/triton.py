@@ -117,9 +117,7 @@ def _fit_kernel(
     mask = p < total
     token, r = (p // count).to(tl.int64), p % count
     at = token * columns + tl.load(first + r, mask=mask, other=0)
-    v = _value(
-        values, at[:, None] + tl.arange(0, SIZE)[None, :], mask[:, None] & (tl.arange(0, SIZE)[None, :] >= 0), EXACT
-    )
+    v = _value(values, at[:, None] + tl.arange(0, SIZE)[None, :], mask[:, None], EXACT)
     low, high = tl.min(v, axis=1), tl.max(v, axis=1)
     # A minimum may skip NaN; the reference's does not.
     nan = tl.max((v != v).to(tl.int32), axis=1) > 0
@@ -228,10 +226,9 @@ def _decode_kernel(data, out, run_of, byte_of, where, runs, columns, stride, BLO
     whole = (byte >> (entry & 7)) & tl.where(kind == 1, 3, 15)
     size = byte & 0x7F
     # Normal numbers are rebiased from 7 to 127; below them the mantissa counts steps of 2**-9.
-    fp8 = tl.where(
-        size < 8, size.to(tl.float32) * 0.001953125, ((size << 20) + 0x3C000000).to(tl.float32, bitcast=True)
-    )
-    fp8 = tl.where(size == 0x7F, float("nan"), tl.where(byte > 127, -fp8, fp8))
+    small = (size.to(tl.float32) * 0.001953125).to(tl.int32, bitcast=True)
+    bits = tl.where(size == 0x7F, 0x7FC00000, tl.where(size < 8, small, (size << 20) + 0x3C000000))
+    fp8 = (bits | ((byte & 0x80) << 24)).to(tl.float32, bitcast=True)
     code = tl.where(kind == 3, fp8, whole.to(tl.float32))
     run = tl.load(run_of + c, mask=mask, other=0)
     scale, shift = _half(row, run, mask), _half(row, runs + run, mask)
