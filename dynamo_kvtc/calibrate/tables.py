@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dynamo_kvtc.calibrate.frequencies import ALPHABET, frequencies
 from dynamo_kvtc.calibrate.importance import ImportanceModel
-from dynamo_kvtc.codec.kvtc import OFFSET_CHOICES, OFFSET_CLASSES, OFFSET_NEUTRAL
+from dynamo_kvtc.codec.lanes import OFFSET_CHOICES, OFFSET_CLASSES, OFFSET_NEUTRAL
 from dynamo_kvtc.ops import quantize
 from dynamo_kvtc.ops.quantize import FRACTION_BITS, SYMBOL_MAX
 from dynamo_kvtc.ops.rans import MAX_CLASSES, MAX_SHIFT, PROBABILITY_TOTAL, ClassTables

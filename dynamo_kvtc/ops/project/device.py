@@ -112,7 +112,10 @@ class Synthesis:
 
 @dataclass(frozen=True)
 class Pages:
-    """Where a cache's pages are: addresses int64 [L, 2] (bytes, K and V of each layer), strides in elements."""
+    """Where a cache's pages are: addresses int64 [L, 2] (bytes, K and V of each layer), strides in elements.
+
+    alignment: elements that divide every address and stride; a power of two, at most 16 bytes.
+    """
 
     addresses: Tensor
     dtype: torch.dtype
@@ -122,6 +125,7 @@ class Pages:
     stride_block: int
     stride_head: int
     stride_token: int
+    alignment: int = 1
 
 
 def head_columns(head_dim: int, pairs: int, interleaved: bool) -> Tensor:

@@ -83,7 +83,8 @@ def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_nar
                 synthesis, mean, cos, sin, addresses, slots, keep, first_layer, layers, heads, block_tokens, stride_block,
                 stride_head, stride_token, programs, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
                 INTERLEAVED: tl.constexpr, scaling, top, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                BK: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+                BK: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr, ITEM: tl.constexpr,
+                DTYPE: tl.constexpr):  # fmt: skip
     """Channels of whole heads from levels, RoPE applied, into the pages. A tile is ROWS heads of BN / ROWS columns.
 
     Column c of a head is dim c // 2 of the first halves (even c) or of the second halves (odd c): the two dims that
@@ -115,12 +116,18 @@ def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_nar
         acc += tl.load(mean + column, mask=valid, other=0.0)[None, :]
 
         first, second = tl.split(tl.reshape(acc, [BM, BN // 2, 2]))
-        pair = pn * (BN // 2) + tl.arange(0, BN // 2)
-        head = pair // (HEAD // 2)
-        i = pair % (HEAD // 2)
         slot = tl.load(slots + rm, mask=here, other=-1)
         written = here & (slot >= 0) & (tl.load(keep + rm, mask=here, other=0) != 0)
+        place = tl.where(written, slot // block_tokens * stride_block + slot % block_tokens * stride_token, 0)
+        # A tile of one head has one base address, so its stores are plainly contiguous.
+        if ROWS == 1:
+            i = tl.arange(0, BN // 2)
+            head = pn
+        else:
+            i = tl.arange(0, BN // 2) % (HEAD // 2)
+            head = (pn * (BN // 2) + tl.arange(0, BN // 2)) // (HEAD // 2)
         is_k = head < layers * heads
+        within = tl.where(is_k, head, head - layers * heads)
         turned = (i < PAIRS) & is_k
         at = rm[:, None] * PAIRS + i[None, :]
         c = tl.load(cos + at, mask=written[:, None] & turned[None, :], other=1.0)
@@ -130,16 +137,22 @@ def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_nar
         y = (second * c + first * s) * scale
         x = tl.minimum(tl.maximum(x, -top), top).to(DTYPE)
         y = tl.minimum(tl.maximum(y, -top), top).to(DTYPE)
-        within = tl.where(is_k, head, head - layers * heads)
-        layer, h = first_layer + within // heads, within % heads
         real = (head < 2 * layers * heads) & (i < HALF)
-        base = tl.load(addresses + layer * 2 + tl.where(is_k, 0, 1), mask=real, other=0)
-        place = (slot // block_tokens) * stride_block + (slot % block_tokens) * stride_token
         # Base addresses are bytes, strides elements.
-        pointers = base.to(tl.pointer_type(DTYPE))[None, :] + (place[:, None] + (h * stride_head)[None, :])
+        which = (first_layer + within // heads) * 2 + tl.where(is_k, 0, 1)
+        if ROWS == 1:
+            base = tl.multiple_of(tl.load(addresses + which).to(tl.pointer_type(DTYPE)), ALIGN * ITEM)
+            base += tl.multiple_of(within % heads * stride_head, ALIGN)
+            pointers = base + tl.multiple_of(place, [ALIGN])[:, None]
+        else:
+            base = tl.load(addresses + which, mask=real, other=0).to(tl.pointer_type(DTYPE))
+            pointers = (base + within % heads * stride_head)[None, :] + place[:, None]
         if INTERLEAVED:
             d_first = tl.where(i < PAIRS, 2 * i, 2 * PAIRS + (i - PAIRS) * 2)
             d_second = d_first + 1
+        elif PAIRS == HALF:
+            d_first = i
+            d_second = i + PAIRS
         else:
             d_first = tl.where(i < PAIRS, i, 2 * PAIRS + (i - PAIRS) * 2)
             d_second = tl.where(i < PAIRS, i + PAIRS, d_first + 1)
@@ -167,7 +180,7 @@ def synthesise(
         basis.first_layer, basis.layers, pages.heads, pages.block_tokens, pages.stride_block, pages.stride_head,
         pages.stride_token, programs, pages.head_dim, (pages.head_dim + 1) // 2, cos.shape[1], basis.interleaved,
         basis.scaling, torch.finfo(pages.dtype).max, bn // basis.head, bm, bn, bk, basis.front.shape[1], _GROUP,
-        _TL[pages.dtype], num_warps=warps, num_stages=stages,
+        pages.alignment, pages.dtype.itemsize, _TL[pages.dtype], num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

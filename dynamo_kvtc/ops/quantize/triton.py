@@ -32,16 +32,16 @@ def _quantise(coefficients, stride_c, energies, saturated, units, rounding, limi
     row = coefficients + t * stride_c
     neutral = tl.full((), 1 << GAIN_BITS, tl.int64)
 
-    j = tl.arange(0, F)
-    mask = j < leading
-    c = tl.load(row + j, mask=mask, other=0)
-    _, q = _symbols(c, j, mask, neutral, units, rounding, limits, BITS, ROUND_SHIFT)
-    q = tl.minimum(tl.minimum(q, tl.load(limits + j, mask=mask, other=0)), CLIP)
-    of_magnitude = tl.load(importance + j, mask=mask, other=0).to(tl.int64)
-    of_sign = tl.load(importance + leading + j, mask=mask, other=0).to(tl.int64)
-    score = tl.sum(q * of_magnitude + tl.where(c < 0, -q, q) * of_sign) + bias
-    level = (score + (1 << (SCORE_BITS - 1))) >> SCORE_BITS
-    fineness = tl.minimum(tl.maximum(level, 0), LEVELS - 1)
+    front = tl.arange(0, F)
+    is_front = front < leading
+    c_front = tl.load(row + front, mask=is_front, other=0)
+    _, q_front = _symbols(c_front, front, is_front, neutral, units, rounding, limits, BITS, ROUND_SHIFT)
+    q_front = tl.minimum(tl.minimum(q_front, tl.load(limits + front, mask=is_front, other=0)), CLIP)
+    of_magnitude = tl.load(importance + front, mask=is_front, other=0).to(tl.int64)
+    of_sign = tl.load(importance + leading + front, mask=is_front, other=0).to(tl.int64)
+    score = tl.sum(q_front * of_magnitude + tl.where(c_front < 0, -q_front, q_front) * of_sign) + bias
+    step = (score + (1 << (SCORE_BITS - 1))) >> SCORE_BITS
+    fineness = tl.minimum(tl.maximum(step, 0), LEVELS - 1)
     gain = tl.load(gains + fineness).to(tl.int64)
 
     active = tl.zeros((BC,), tl.int64)
@@ -65,22 +65,22 @@ def _quantise(coefficients, stride_c, energies, saturated, units, rounding, limi
         held += y * y
         lost += tl.where(mask, (y - common) * (y - common), 0)
     small = gain.to(tl.int32)
-    for start in range(width, rank, BC):
-        j = start + tl.arange(0, BC)
-        mask = j < rank
-        c = tl.load(row + j, mask=mask, other=0)
-        y, q = _symbols(c, j, mask, gain, units, rounding, limits, BITS, ROUND_SHIFT)
-        q = tl.minimum(q, tl.load(limits + j, mask=mask, other=0))
-        tl.store(symbols + t * stride_s + j, tl.where(c < 0, -q, q).to(tl.int16), mask=mask)
-        active += tl.load(activity + j, mask=mask, other=0).to(tl.int64) * tl.minimum(q, CLIP)
-        # Limited symbols and levels of 7 bits: 32 bits are enough, and their division is cheaper.
-        k = tl.load(scale + j, mask=mask, other=1)
-        level = tl.minimum(tl.maximum(q.to(tl.int32) * k - tl.load(level_bias + j, mask=mask, other=0), 0), LEVEL_MAX)
-        level = tl.where(q == 0, 0, ((level << ERROR_BITS) + k // 2) // k)
-        common = (((level << GAIN_BITS) + small // 2) // small).to(tl.int64)
-        y = (y + half) >> ERROR_SHIFT
-        held += y * y
-        lost += tl.where(mask, (y - common) * (y - common), 0)
+    for begin in range(width, rank, BC):
+        jn = begin + tl.arange(0, BC)
+        mn = jn < rank
+        cn = tl.load(row + jn, mask=mn, other=0)
+        yn, qn = _symbols(cn, jn, mn, gain, units, rounding, limits, BITS, ROUND_SHIFT)
+        qn = tl.minimum(qn, tl.load(limits + jn, mask=mn, other=0))
+        tl.store(symbols + t * stride_s + jn, tl.where(cn < 0, -qn, qn).to(tl.int16), mask=mn)
+        active += tl.load(activity + jn, mask=mn, other=0).to(tl.int64) * tl.minimum(qn, CLIP)
+        # Limited symbols and level_ns of 7 bits: 32 bits are enough, and their division is cheaper.
+        k = tl.load(scale + jn, mask=mn, other=1)
+        level_n = tl.minimum(tl.maximum(qn.to(tl.int32) * k - tl.load(level_bias + jn, mask=mn, other=0), 0), LEVEL_MAX)
+        level_n = tl.where(qn == 0, 0, ((level_n << ERROR_BITS) + k // 2) // k)
+        common_n = (((level_n << GAIN_BITS) + small // 2) // small).to(tl.int64)
+        yn = (yn + half) >> ERROR_SHIFT
+        held += yn * yn
+        lost += tl.where(mn, (yn - common_n) * (yn - common_n), 0)
 
     energy = tl.load(energies + t)
     left_out = tl.maximum((energy << ENERGY_SHIFT) - tl.sum(held), 0)
