@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dynamo_kvtc.calibrate.narrow import quantise_narrow
 from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Artifact, Manifest, Point, load_artifact, save_artifact
+from dynamo_kvtc.codec.kvtc_point import WIDE_STEP
 from dynamo_kvtc.codec.channels import from_rows, split_rows
 from dynamo_kvtc.ops import project, quantize, rans
 from dynamo_kvtc.ops.rope import apply_rope
@@ -90,6 +91,7 @@ def make_artifact(
             for p, (_, step) in enumerate(points):
                 live = sigma[sigma > 0.3 * step]
                 wide = max(min(LEADING, len(live)), int((live / step > WIDE_STEPS).sum()))
+                wide = min(len(live), -(-wide // WIDE_STEP) * WIDE_STEP)
                 tensors[f"{name}.point{p}.wide"] = torch.tensor([wide], dtype=torch.int32)
                 classes = _classes(live / step)
                 tensors[f"{name}.point{p}.classes"] = torch.from_numpy(classes)

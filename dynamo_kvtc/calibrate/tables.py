@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dynamo_kvtc.calibrate.frequencies import ALPHABET, frequencies
 from dynamo_kvtc.calibrate.importance import ImportanceModel
+from dynamo_kvtc.codec.kvtc_point import WIDE_STEP
 from dynamo_kvtc.codec.lanes import OFFSET_CHOICES, OFFSET_CLASSES, OFFSET_NEUTRAL
 from dynamo_kvtc.ops import quantize
 from dynamo_kvtc.ops.quantize import FRACTION_BITS, SYMBOL_MAX
@@ -269,7 +270,7 @@ class _Lanes:
         too_large = torch.nonzero(clipped > _CLIPPED)[:, 0]
         return GroupFit(
             classes=self.classes[:live].to(torch.uint8).cpu().numpy(),
-            wide=max(self.leading, int(too_large[-1]) + 1 if len(too_large) else 0),
+            wide=min(live, -(-max(self.leading, int(too_large[-1]) + 1 if len(too_large) else 0) // WIDE_STEP) * WIDE_STEP),
             importance=self.importance.cpu(),
             bias=self.bias,
             thresholds=self.thresholds.cpu(),

@@ -28,12 +28,14 @@ FLAG_GAPS = 1
 
 _FIXED = struct.Struct("<4sBBBBQIIHHBBHI")
 _SECTION = struct.Struct("<II")
-_CRC_OFFSET = _FIXED.size - 4
+FIXED_BYTES = _FIXED.size
+SECTION_BYTES = _SECTION.size
+CRC_OFFSET = FIXED_BYTES - 4
 
 
 def header_bytes(groups: int) -> int:
     """Bytes before the sections of a record whose tokens are all coded and whose positions have no gaps."""
-    return _FIXED.size + groups * _SECTION.size
+    return FIXED_BYTES + groups * SECTION_BYTES
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def build_record(header: RecordHeader, sections: list[bytes]) -> bytes:
         tail += positions.astype("<u4").tobytes()
     tail += b"\0" * (len(tail) % 2)
     table = b"".join(_SECTION.pack(len(s), crc32(s)) for s in sections)
-    header_size = _FIXED.size + len(table) + len(tail)
+    header_size = FIXED_BYTES + len(table) + len(tail)
     total = header_size + sum(map(len, sections))
     if total > MAX_RECORD_BYTES:
         raise ConfigError(f"the record would have {total} bytes; a record holds at most {MAX_RECORD_BYTES}")
@@ -124,8 +126,8 @@ def parse_record(data: bytes | memoryview) -> Record:
     Raises RecordTruncatedError, RecordVersionError, RecordCorruptError or RecordFormatError.
     """
     view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
-    if len(view) < _FIXED.size:
-        raise RecordTruncatedError(f"a record has at least {_FIXED.size} bytes; got {len(view)}")
+    if len(view) < FIXED_BYTES:
+        raise RecordTruncatedError(f"a record has at least {FIXED_BYTES} bytes; got {len(view)}")
     (magic, version, profile, point, flags, artifact, total, first, tokens, exact_tokens, rank, groups, header_size,
      checksum) = _FIXED.unpack_from(view)  # fmt: skip
     if magic != MAGIC:
@@ -147,12 +149,12 @@ def parse_record(data: bytes | memoryview) -> Record:
     if header_size > total:
         raise RecordTruncatedError(f"the header alone needs {header_size} bytes; the record has {total}")
     header = bytearray(view[:header_size])
-    header[_CRC_OFFSET : _FIXED.size] = b"\0\0\0\0"
+    header[CRC_OFFSET : FIXED_BYTES] = b"\0\0\0\0"
     found = crc32(header)
     if found != checksum:
         raise RecordCorruptError(f"header checksum {found:#010x}, the record says {checksum:#010x}")
 
-    table = [_SECTION.unpack_from(view, _FIXED.size + i * _SECTION.size) for i in range(groups)]
+    table = [_SECTION.unpack_from(view, FIXED_BYTES + i * SECTION_BYTES) for i in range(groups)]
     sizes = tuple(size for size, _ in table)
     if header_size + sum(sizes) != total:
         raise RecordFormatError(f"header and sections make {header_size + sum(sizes)} bytes; the record has {total}")

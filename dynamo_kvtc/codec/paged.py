@@ -1,0 +1,181 @@
+"""READ FIRST on the GPU path: blocks between an engine's paged cache and records in host memory.
+
+    encode: per chunk of blocks, per layer group: gather + fixed point -> int8 product -> quantise -> which tokens stay
+            exact -> rANS -> sizes to the host -> payloads side by side -> checksum and copy into the arena -> headers
+    decode: headers on the host; per layer group, per chunk: records to the GPU -> checksum -> lanes -> rANS to levels
+            -> one product that undoes scale and mean, applies RoPE and writes the pages -> an event per layer group
+
+Records are the same bytes as ``codec.pipeline``'s. Everything is asynchronous on the codec's streams; the host waits
+once per chunk while encoding, to learn the records' sizes, and never while decoding. Memory is taken once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dynamo_kvtc.codec.artifact import Artifact
+from dynamo_kvtc.codec.headers import Identity
+from dynamo_kvtc.codec.paged_groups import PagedPoint, pages_of
+from dynamo_kvtc.codec.policy import ExactPolicy
+from dynamo_kvtc.codec.profile import PROFILE_IDS
+from dynamo_kvtc.codec.record import MAX_BLOCK_TOKENS
+from dynamo_kvtc.errors import ConfigError, MissingDependencyError
+from dynamo_kvtc.ops.pages import PagedCache, check_slots
+from dynamo_kvtc.ops.rope import rotations_of
+
+
+@dataclass(frozen=True)
+class PagedLimits:
+    """How much a codec works on at once; its memory follows from it.
+
+    encode_tokens, decode_tokens: tokens of a chunk; record_bytes: largest run of records staged at once, in bytes.
+    """
+
+    encode_tokens: int = 2048
+    decode_tokens: int = 4096
+    record_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        for name in ("encode_tokens", "decode_tokens", "record_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"PagedLimits.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """B blocks of tokens, T in all, in order, of one sequence or of many. All on the CPU.
+
+    counts: int32 [B], tokens of each block; slots: int64 [T], where they are (or go) in the paged cache; positions:
+    int64 [T]; exact: bool [T], tokens to store bit-exact (encoding only; default: the policy's sinks).
+    """
+
+    counts: NDArray[np.int32]
+    slots: Tensor
+    positions: Tensor | None = None
+    exact: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        tokens = int(self.counts.sum()) if len(self.counts) else 0
+        if self.counts.dtype != np.int32 or not len(self.counts) or self.counts.min() < 1:
+            raise ConfigError("Blocks.counts must be int32 [B >= 1], each at least 1")
+        if self.counts.max() > MAX_BLOCK_TOKENS:
+            raise ConfigError(f"a block of {self.counts.max()} tokens; a record holds at most {MAX_BLOCK_TOKENS}")
+        wanted = [("slots", self.slots, torch.int64), ("positions", self.positions, torch.int64),
+                  ("exact", self.exact, torch.bool)]  # fmt: skip
+        for name, x, dtype in wanted:
+            if x is not None and (x.dtype != dtype or x.shape != (tokens,) or x.device.type != "cpu"):
+                raise ConfigError(
+                    f"Blocks.{name} must be {dtype} [{tokens}] on the CPU; got {x.dtype} {tuple(x.shape)} on {x.device}"
+                )
+
+    @classmethod
+    def uniform(cls, slots: Tensor, positions: Tensor | None, block_tokens: int, exact: Tensor | None = None) -> Blocks:
+        """Blocks of ``block_tokens`` tokens each; the last may be shorter."""
+        if block_tokens < 1:
+            raise ConfigError(f"block_tokens is {block_tokens}; it must be at least 1")
+        full, rest = divmod(len(slots), block_tokens)
+        counts = np.array([block_tokens] * full + ([rest] if rest else []), dtype=np.int32)
+        return cls(counts, slots, positions, exact)
+
+
+class PagedCodec:
+    """Encodes and decodes blocks of one paged cache at one operating point of a kvtc artifact.
+
+    One codec works on one call at a time; its streams let it run beside the engine.
+    """
+
+    def __init__(
+        self, artifact: Artifact, point: str, cache: PagedCache, policy: ExactPolicy | None = None,
+        limits: PagedLimits | None = None,
+    ) -> None:  # fmt: skip
+        """Raises ConfigError (operating point, cache of another shape), ArtifactFormatError, MissingDependencyError
+        without triton, and ConfigError naming the bytes if the GPU has no room for bases and workspace."""
+        from dynamo_kvtc.codec.paged_decode import Decoder
+        from dynamo_kvtc.codec.paged_encode import Encoder
+
+        _check_cache(artifact, cache)
+        try:
+            import triton  # noqa: F401
+        except ImportError as exc:
+            raise MissingDependencyError("the GPU path needs triton: pip install dynamo-kvtc[gpu]") from exc
+        self.artifact = artifact
+        self.cache = cache
+        self.policy = policy or ExactPolicy()
+        self.limits = limits or PagedLimits()
+        index = artifact.point_index(point)
+        self.identity = Identity(
+            PROFILE_IDS["kvtc"], index, artifact.fingerprint, artifact.rank, len(artifact.manifest.groups)
+        )
+        try:
+            self.point = PagedPoint.load(artifact, index, cache.device)
+            self.rotations = rotations_of(artifact.manifest.rope, cache.device)
+            self.pages = pages_of(cache)
+            self._encoder = Encoder(self)
+            self._decoder = Decoder(self)
+        except torch.OutOfMemoryError as exc:
+            free, total = torch.cuda.mem_get_info(cache.device)
+            raise ConfigError(
+                f"{cache.device} has {free >> 20} of {total >> 20} MiB free, too little for the codec's bases and "
+                f"workspace: lower PagedLimits ({self.limits}) or the artifact's rank, or leave the engine less memory"
+            ) from exc
+
+    @property
+    def basis_bytes(self) -> int:
+        """Bytes of the bases on the device."""
+        return self.point.nbytes
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of workspace on the device, for encoding and decoding."""
+        return self._encoder.nbytes + self._decoder.nbytes
+
+    def encode(self, blocks: Blocks, arena: Tensor, at: int = 0):  # noqa: ANN201
+        """Records of blocks into ``arena`` from byte ``at`` on: ``paged_encode.Encoded``.
+
+        arena: uint8 [bytes], pinned host memory (any memory on a CPU). Raises ConfigError if positions are missing or
+        out of range, a slot is not the cache's, or the records do not fit; then no record counts as written.
+        """
+        if blocks.positions is None:
+            raise ConfigError("encoding needs Blocks.positions")
+        if len(blocks.positions) and (int(blocks.positions.min()) < 0 or int(blocks.positions.max()) >= 2**31):
+            raise ConfigError(
+                f"positions run from {int(blocks.positions.min())} to {int(blocks.positions.max())}; allowed is 0 to "
+                "2**31 - 1"
+            )
+        self._check(blocks, arena, written=False)
+        return self._encoder.encode(blocks, arena, at)
+
+    def decode(self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks):  # noqa: ANN201
+        """Records back into the pages at ``blocks.slots``: ``paged_decode.Restore``, with an event per layer group.
+
+        offsets, sizes: int64 [B], the records' bytes in the arena. A record that is damaged, or another codec's, is
+        reported in ``Restore.finish()``: none of its blocks counts as restored. Raises ConfigError as ``encode`` does.
+        """
+        if offsets.dtype != np.int64 or sizes.dtype != np.int64 or not len(offsets) == len(sizes) == len(blocks.counts):
+            raise ConfigError(f"offsets and sizes must be int64 [{len(blocks.counts)}], one per block")
+        self._check(blocks, arena, written=True)
+        return self._decoder.decode(arena, offsets, sizes, blocks)
+
+    def _check(self, blocks: Blocks, arena: Tensor, written: bool) -> None:
+        check_slots(self.cache, blocks.slots, written)
+        if arena.dtype != torch.uint8 or arena.dim() != 1 or not arena.is_contiguous() or arena.device.type != "cpu":
+            raise ConfigError(f"the arena must be uint8 [bytes] in host memory; got {arena.dtype} {tuple(arena.shape)}")
+        if self.cache.device.type == "cuda" and not arena.is_pinned():
+            raise ConfigError("the arena is not pinned; the GPU reads and writes it directly: use pin_memory=True")
+
+
+def _check_cache(artifact: Artifact, cache: PagedCache) -> None:
+    s = artifact.shape
+    if artifact.manifest.profile != "kvtc":
+        raise ConfigError(f"profile {artifact.manifest.profile!r} has no paged codec; use codec.pipeline.BlockCodec")
+    theirs = (cache.layers, cache.heads, cache.head_dim, cache.dtype)
+    if theirs != (s.layers, s.kv_heads, s.head_dim, s.torch_dtype):
+        raise ConfigError(
+            f"the cache has {theirs[0]} layers, {theirs[1]} KV heads, head dim {theirs[2]}, {theirs[3]}; the artifact "
+            f"codes {s.layers}, {s.kv_heads}, {s.head_dim}, {s.dtype} (tensor-parallel rank {artifact.rank})"
+        )

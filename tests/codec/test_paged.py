@@ -1,0 +1,244 @@
+"""The GPU path against the CPU's: the same records, and each reads the other's. Interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dynamo_kvtc.codec.headers import BAD_HEADER, MISMATCH
+from dynamo_kvtc.codec.paged import Blocks, PagedCodec, PagedLimits
+from dynamo_kvtc.codec.pipeline import BlockCodec
+from dynamo_kvtc.codec.policy import ExactPolicy
+from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.ops.lanes import BAD_CHECKSUM, BAD_DIRECTORY, BAD_LANE
+from dynamo_kvtc.ops.pages import PagedCache
+from dynamo_kvtc.types import KVShape
+from tests.builders import fresh_seed, gapped_positions, make_artifact, make_paper_artifact, random_kv, same_bits
+
+LIMITS = PagedLimits(encode_tokens=32, decode_tokens=48, record_bytes=1 << 20)
+POISON = 7.0
+
+
+class Case:
+    """Tokens in a paged cache of a random layout, and the same as the CPU's codec takes them."""
+
+    def __init__(self, device, shape, tokens, seed, groups=None, lanes=1, gaps=False, block_tokens=16, point="coarse",
+                 limits=LIMITS, policy=None):  # fmt: skip
+        self.generator = np.random.default_rng(seed)
+        self.artifact = make_artifact(shape, groups=groups, seed=seed, lanes=lanes)[2]
+        self.positions = gapped_positions(tokens, seed) if gaps else torch.arange(tokens) + int(gaps is None) * 1000
+        self.k, self.v = random_kv(self.artifact, tokens, seed, self.positions)
+        self.device, self.point, self.policy, self.limits = device, point, policy, limits
+        self.block_tokens = block_tokens
+        self.page_tokens = 8
+        self.pages = -(-tokens // self.page_tokens) + 2
+        order = torch.from_numpy(self.generator.permutation(self.pages))
+        slots = order[:, None] * self.page_tokens + torch.arange(self.page_tokens)
+        self.slots = slots.flatten()[:tokens].clone()
+        self.cache = self.empty()
+        for k_view, v_view, k, v in zip(self.cache.k, self.cache.v, self.k, self.v, strict=True):
+            for view, x in ((k_view, k), (v_view, v)):
+                view[self.slots // self.page_tokens, :, self.slots % self.page_tokens] = x.transpose(0, 1).to(device)
+        self.codec = PagedCodec(self.artifact, point, self.cache, policy, limits)
+        self.reference = BlockCodec(self.artifact, point, policy)
+
+    def empty(self):
+        s = self.artifact.shape
+        views = [
+            torch.full((self.pages, s.kv_heads, self.page_tokens, 2 * s.head_dim), POISON, dtype=s.torch_dtype,
+                       device=self.device)
+            for _ in range(s.layers)
+        ]  # fmt: skip
+        return PagedCache.of([x[..., : s.head_dim] for x in views], [x[..., s.head_dim :] for x in views])
+
+    def blocks(self, exact=None):
+        return Blocks.uniform(self.slots, self.positions, self.block_tokens, exact)
+
+    def arena(self, nbytes=1 << 20):
+        return torch.full((nbytes,), 0xA5, dtype=torch.uint8, pin_memory=self.device == "cuda")
+
+    def encode(self, exact=None):
+        arena = self.arena()
+        encoded = self.codec.encode(self.blocks(exact), arena, 32)
+        encoded.finish()
+        return arena, encoded
+
+    def contents(self, cache):
+        """K and V [L, H, T, D] of the case's tokens."""
+        at = (self.slots // self.page_tokens, slice(None), self.slots % self.page_tokens)
+        return [torch.stack([x[at].transpose(0, 1).cpu() for x in views]) for views in (cache.k, cache.v)]
+
+
+SHAPES = [
+    (KVShape(2, 1, 64, "bfloat16"), 16, ((0, 1), (1, 2)), 1, False),
+    (KVShape(2, 3, 96, "float16"), 17, None, 2, True),
+    (KVShape(1, 1, 128, "float32"), 15, None, 4, None),
+    (KVShape(3, 2, 64, "bfloat16"), 50, ((0, 2), (2, 3)), 1, True),
+    (KVShape(2, 1, 64, "bfloat16"), 1, None, 8, False),
+]
+
+
+@pytest.mark.parametrize("point", ["fine", "coarse"])
+@pytest.mark.parametrize(("shape", "tokens", "groups", "lanes", "gaps"), SHAPES)
+def test_records_are_the_cpus_and_each_reads_the_others(kernel_device, shape, tokens, groups, lanes, gaps, point):
+    case = Case(kernel_device, shape, tokens, fresh_seed(), groups, lanes, gaps, point=point)
+    arena, encoded = case.encode()
+    theirs = [b.record for b in case.reference.encode_blocks(case.k, case.v, case.positions)]
+    assert encoded.records() == theirs
+    last = int(encoded.offsets[-1] + encoded.sizes[-1])
+    assert bool((arena[:32] == 0xA5).all())
+    assert bool((arena[last:] == 0xA5).all())
+
+    target = case.empty()
+    codec = PagedCodec(case.artifact, point, target, limits=LIMITS)
+    restore = codec.decode(arena, encoded.offsets, encoded.sizes, case.blocks())
+    assert restore.finish().tolist() == [0] * len(theirs)
+    assert len(restore.events) == len(case.artifact.manifest.groups)
+    k, v, _ = case.reference.decode_blocks(theirs)
+    exact = torch.from_numpy(encoded.exact)
+    for found, wanted in zip(case.contents(target), (k, v), strict=True):
+        scale = float(wanted.float().abs().max())
+        tolerance = {"bfloat16": 2.0**-7, "float16": 2.0**-9, "float32": 2.0**-11}[shape.dtype]
+        torch.testing.assert_close(found.float(), wanted.float(), rtol=tolerance, atol=1e-3 * scale)
+        assert same_bits(found[:, :, exact], wanted[:, :, exact])
+    untouched = torch.ones(case.pages * case.page_tokens, dtype=torch.bool)
+    untouched[case.slots] = False
+    for view in (*target.k, *target.v):
+        flat = view.transpose(1, 2).reshape(len(untouched), -1)
+        assert bool((flat[untouched.to(flat.device)] == POISON).all())
+
+
+def test_exact_tokens_of_every_reason(kernel_device):
+    seed = fresh_seed()
+    case = Case(kernel_device, KVShape(2, 2, 64, "bfloat16"), 40, seed, ((0, 1), (1, 2)), gaps=None,
+                policy=ExactPolicy(sinks=0, max_error=1.5))  # fmt: skip
+    k, v = case.k.clone(), case.v.clone()
+    k[1, 0, 21, 3], v[0, 1, 5, 60], v[1, 0, 30] = float("nan"), float("-inf"), 3e4
+    for view, x in zip((*case.cache.k, *case.cache.v), (*k, *v), strict=True):
+        at = (case.slots // case.page_tokens, slice(None), case.slots % case.page_tokens)
+        view[at] = x.transpose(0, 1).to(kernel_device)
+    asked = torch.zeros(40, dtype=torch.bool)
+    asked[[0, 15, 16, 33]] = True
+    _, encoded = case.encode(asked)
+    theirs = case.reference.encode_blocks(k, v, case.positions, asked)
+    assert encoded.records() == [b.record for b in theirs]
+    assert encoded.exact[[0, 5, 15, 16, 21, 30, 33]].all()
+    assert 7 < encoded.exact.sum() < 40
+    assert np.array_equal(encoded.asked, asked.numpy())
+    assert int(encoded.exact.sum()) == sum(b.exact.total for b in theirs)
+
+
+def test_blocks_of_any_size_scattered_in_the_arena(kernel_device):
+    case = Case(kernel_device, KVShape(2, 1, 64, "bfloat16"), 70, fresh_seed(), ((0, 1), (1, 2)))
+    counts = np.array([1, 16, 3, 20, 7, 23], dtype=np.int32)
+    records, start = [], 0
+    for count in counts:
+        own = slice(start, start + count)
+        records.append(case.reference.encode_block(case.k[:, :, own], case.v[:, :, own], case.positions[own]).record)
+        start += count
+    arena = case.arena()
+    order = case.generator.permutation(len(records))
+    offsets, at = np.zeros(len(records), np.int64), 3
+    for b in order:
+        offsets[b] = at
+        arena[at : at + len(records[b])] = torch.frombuffer(bytearray(records[b]), dtype=torch.uint8)
+        at += len(records[b]) + 2 * int(case.generator.integers(0, 4000)) + len(records[b]) % 2
+    sizes = np.array([len(r) for r in records], dtype=np.int64)
+    target = case.empty()
+    codec = PagedCodec(case.artifact, case.point, target, limits=LIMITS)
+    offsets += 1
+    arena = torch.roll(arena, 1).clone()
+    if kernel_device == "cuda":
+        arena = arena.pin_memory()
+    status = codec.decode(arena, offsets, sizes, Blocks(counts, case.slots)).finish()
+    assert status.tolist() == [0] * len(records)
+    k, v, _ = case.reference.decode_blocks(records)
+    for found, wanted in zip(case.contents(target), (k, v), strict=True):
+        torch.testing.assert_close(found.float(), wanted.float(), rtol=2.0**-7, atol=1e-3 * float(wanted.float().abs().max()))
+
+
+def test_a_damaged_record_is_reported_and_its_neighbours_come_back(kernel_device):
+    case = Case(kernel_device, KVShape(2, 1, 64, "bfloat16"), 64, fresh_seed(), ((0, 1), (1, 2)))
+    arena, encoded = case.encode()
+    clean = case.empty()
+    assert not PagedCodec(case.artifact, case.point, clean, limits=LIMITS).decode(
+        arena, encoded.offsets, encoded.sizes, case.blocks()
+    ).finish().any()
+    for block in range(4):
+        bad = arena.clone()
+        at = int(encoded.offsets[block] + case.generator.integers(0, encoded.sizes[block]))
+        bad[at] ^= 1 << int(case.generator.integers(0, 8))
+        if kernel_device == "cuda":
+            bad = bad.pin_memory()
+        target = case.empty()
+        codec = PagedCodec(case.artifact, case.point, target, limits=LIMITS)
+        status = codec.decode(bad, encoded.offsets, encoded.sizes, case.blocks()).finish()
+        assert status[block] in (BAD_HEADER, MISMATCH, BAD_CHECKSUM)
+        assert (np.delete(status, block) == 0).all()
+        own = torch.arange(64) // 16 == block
+        for found, wanted in zip(case.contents(target), case.contents(clean), strict=True):
+            assert same_bits(found[:, :, ~own], wanted[:, :, ~own])
+
+
+def test_a_record_whose_lanes_lie_is_caught_behind_its_checksum(kernel_device):
+    """Damage that someone signed: a directory, or words, that no encoder writes."""
+    from dynamo_kvtc.codec.record import build_record, parse_record
+
+    case = Case(kernel_device, KVShape(1, 1, 64, "bfloat16"), 32, fresh_seed(), policy=ExactPolicy(sinks=0))
+    records = [b.record for b in case.reference.encode_blocks(case.k, case.v, case.positions)]
+    parsed = parse_record(records[1])
+    section = bytearray(parsed.section(0))
+    forgeries = {
+        "reserved": (3, 9, BAD_DIRECTORY), "width": (2, 3, BAD_DIRECTORY), "least": (0, section[0] ^ 1, BAD_DIRECTORY),
+        "parameters": (4 + 16 * section[2], 15, BAD_DIRECTORY), "words": (len(section) - 3, None, BAD_LANE),
+    }  # fmt: skip
+    for name, (at, value, wanted) in forgeries.items():
+        forged = bytearray(section)
+        forged[at] = section[at] ^ 0x40 if value is None else value
+        changed = [records[0], build_record(parsed.header, [bytes(forged)])]
+        arena = case.arena()
+        offsets = np.array([0, len(changed[0]) + 16], dtype=np.int64)
+        for offset, record in zip(offsets, changed, strict=True):
+            arena[offset : offset + len(record)] = torch.frombuffer(bytearray(record), dtype=torch.uint8)
+        target = case.empty()
+        codec = PagedCodec(case.artifact, case.point, target, limits=LIMITS)
+        sizes = np.array([len(r) for r in changed], dtype=np.int64)
+        status = codec.decode(arena, offsets, sizes, case.blocks()).finish()
+        assert status.tolist() == [0, wanted], name
+        k, v = case.contents(target)
+        assert bool((k[:, :, 16:] == POISON).all())
+        assert bool((v[:, :, 16:] == POISON).all())
+
+
+def test_bad_calls_are_refused_before_any_launch(kernel_device):
+    case = Case(kernel_device, KVShape(2, 1, 64, "bfloat16"), 32, fresh_seed())
+    arena, encoded = case.encode()
+    full = int(encoded.offsets[-1] + encoded.sizes[-1])
+    for told, call in [
+        ("arena has", lambda: case.codec.encode(case.blocks(), case.arena(full // 2), 0)),
+        ("slots run", lambda: case.codec.encode(Blocks.uniform(case.slots + 999, case.positions, 16), arena)),
+        ("needs Blocks.positions", lambda: case.codec.encode(Blocks.uniform(case.slots, None, 16), arena)),
+        ("positions run", lambda: case.codec.encode(Blocks.uniform(case.slots, case.positions - 1, 16), arena)),
+        ("uint8", lambda: case.codec.encode(case.blocks(), arena.float())),
+        ("one per block", lambda: case.codec.decode(arena, encoded.offsets[:1], encoded.sizes, case.blocks())),
+        ("written twice", lambda: case.codec.decode(
+            arena, encoded.offsets, encoded.sizes, Blocks.uniform(case.slots * 0, None, 16))),
+        ("encode_tokens is 32", lambda: case.codec.encode(Blocks.uniform(
+            case.slots.repeat(2), torch.arange(64), 64), arena)),
+        ("a record holds at most 1024", lambda: Blocks.uniform(torch.zeros(2000, dtype=torch.int64), None, 2000)),
+    ]:  # fmt: skip
+        with pytest.raises(ConfigError, match=told):
+            call()
+    other = make_artifact(KVShape(2, 2, 64, "bfloat16"))[2]
+    with pytest.raises(ConfigError, match="KV heads"):
+        PagedCodec(other, "coarse", case.cache)
+    paper = make_paper_artifact(KVShape(2, 1, 64, "bfloat16"), ((0, 2),))[2]
+    with pytest.raises(ConfigError, match="profile 'paper'"):
+        PagedCodec(paper, "coarse", case.cache)
+    small = PagedLimits(encode_tokens=32, decode_tokens=32, record_bytes=64)
+    tight = PagedCodec(case.artifact, case.point, case.cache, limits=small)
+    with pytest.raises(ConfigError, match="record_bytes is 64"):
+        tight.encode(case.blocks(), case.arena())
+    with pytest.raises(ConfigError, match="64 bytes"):
+        tight.decode(arena, encoded.offsets, encoded.sizes, case.blocks())
