@@ -108,6 +108,7 @@ class PagedCodec:
         self.policy = policy or ExactPolicy()
         self.limits = limits or PagedLimits()
         index = artifact.point_index(point)
+        self.marks: list[tuple[str, torch.cuda.Event]] | None = None
         self.identity = Identity(
             PROFILE_IDS["kvtc"], index, artifact.fingerprint, artifact.rank, len(artifact.manifest.groups)
         )
@@ -123,6 +124,13 @@ class PagedCodec:
                 f"{cache.device} has {free >> 20} of {total >> 20} MiB free, too little for the codec's bases and "
                 f"workspace: lower PagedLimits ({self.limits}) or the artifact's rank, or leave the engine less memory"
             ) from exc
+
+    def mark(self, stage: str) -> None:
+        """Where the current stream is, for whoever measures stages: sets ``marks`` to a list to collect them."""
+        if self.marks is not None:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((stage, event))
 
     @property
     def basis_bytes(self) -> int:

@@ -126,7 +126,7 @@ class Decoder:
     def _event(self) -> Any:
         if not self._cuda:
             return None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(enable_timing=self._codec.marks is not None)
         event.record()
         return event
 
@@ -199,12 +199,15 @@ class Decoder:
             arrived = self._event()
         sent = self._mailbox.send(arrays)
         if arrived is not None and self._stream is not None:
+            codec.mark("decode")
             self._stream.wait_event(arrived)
+            codec.mark("copy")
         own_status = status[own]
         n, blocks_here = int(coded.sum()), len(counts)
         crc = self._crc[:blocks_here]
         copy_ranges_device(ring, sent["where"], sent["section"], None, None, crc, int(section.max(initial=0)))
         lanes.verify(crc, sent["crc"], own_status)
+        codec.mark("checksum")
         self._coded(group, ring, sent, own_status, n, int(per_block.max(initial=0)))
         if len(kept):
             chosen = self._exact_slots[: len(kept)]
@@ -213,6 +216,7 @@ class Decoder:
                 codec.cache, group.layers, chosen, sent["exact_base"], sent["index"], sent["count"],
                 ring,
             )  # fmt: skip
+            codec.mark("exact")
         if self._cuda:
             self._free[turn].record()
 
@@ -237,10 +241,13 @@ class Decoder:
             scale=group.scale, bias=group.level_bias, wide_components=-(-group.wide // WIDE_STEP) * WIDE_STEP,
             offsets=offsets, first=group.leading, lanes_per_token=split,
         )  # fmt: skip
+        codec.mark("rANS")
         lanes.blame(bad, sent["block_of"], status, split)
         keep, chosen = self._keep[:n], self._chosen[:n]
         lanes.select(status, sent["block_of"], sent["slots"], keep, chosen)
         cos, sin = codec.rotations.at(sent["positions"])
+        codec.mark("rotations")
         synthesise_into_pages(
             narrow, wide, group.synthesis, parameters, codec.point.shrink, cos, sin, codec.pages, chosen, keep
         )
+        codec.mark("project")

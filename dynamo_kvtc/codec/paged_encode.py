@@ -164,17 +164,22 @@ class Encoder:
             }
         )  # fmt: skip
         rope = codec.artifact.manifest.rope
+        codec.mark("encode")
         cos, sin = codec.rotations.at(sent["positions"])
+        codec.mark("rotations")
         for g, group in enumerate(codec.point.groups):
             rows = self._rows(group, n)
             gather_fixed(codec.cache, group.layers, sent["slots"], cos, sin, rope, group.inputs, rows)
+            codec.mark("gather")
             coefficients = self._coefficients[:n, : group.rank]
             high = rows.high if group.wide_inputs else self._no_high[:n]
             analyse_device(rows.low, high, group.analysis, coefficients)
+            codec.mark("project")
             quantise_device(
                 coefficients, rows.energy, rows.saturated, group.quantiser, self._symbols[g][:n, : group.rank],
                 self._parameters[turn, g, :n], self._error[g, :n],
             )  # fmt: skip
+            codec.mark("quantise")
         # An infinite error cannot be coded at all, even where the bound is off.
         worst = self._error[:, :n].amax(dim=0)
         unfit = ~((worst <= codec.policy.max_error) & worst.isfinite())
@@ -192,6 +197,7 @@ class Encoder:
             lanes.measure(
                 lengths, skip, sent["first"], sent["counts"], self._measured[turn, g, : len(counts)], self._lanes, most
             )
+        codec.mark("rANS")
         self._measured_host[turn, :, : len(counts)].copy_(self._measured[turn, :, : len(counts)], non_blocking=True)
         self._skip_host[turn, :n].copy_(skip, non_blocking=True)
         done = None
@@ -279,6 +285,7 @@ class Encoder:
             }
         )  # fmt: skip
         lane = slice(tokens.start * self._lanes, tokens.stop * self._lanes)
+        codec.mark("encode")
         words = self._staging[: len(self._staging) // 2 * 2].view(torch.int16)
         for g, group in enumerate(codec.point.groups):
             if len(kept):
@@ -291,10 +298,12 @@ class Encoder:
                 self._parameters[chunk.turn, g, tokens], sent["payload_base"][g], self._words[chunk.turn][g][lane],
                 self._staging, words, self._word_at[: lane.stop - lane.start], self._lanes, int(counts.max()),
             )  # fmt: skip
+        codec.mark("pack")
         crc = self._crc[: sizes[part].size]
         copy_ranges_device(
             self._staging, sent["base"], sent["sizes"], arena, sent["targets"], crc, int(sizes[part].max())
         )
+        codec.mark("copy")
         found = torch.empty(len(crc), dtype=torch.int32, pin_memory=self._cuda)
         found.copy_(crc, non_blocking=True)
         return found
