@@ -28,13 +28,29 @@ from dynamo_kvtc.errors import ConfigError, RecordCorruptError
 from dynamo_kvtc.ops.rans import reference
 from dynamo_kvtc.ops.rans.device import decode_levels_device, decode_symbols_device, encode_lanes_device
 from dynamo_kvtc.ops.rans.tables import (
-    MAX_CLASSES, MAX_SHIFT, PROBABILITY_BITS, PROBABILITY_TOTAL, ClassTables, DeviceTables,
+    MAX_CLASSES,
+    MAX_SHIFT,
+    PROBABILITY_BITS,
+    PROBABILITY_TOTAL,
+    ClassTables,
+    DeviceTables,
 )
 
 __all__ = [
-    "LANES_PER_TOKEN", "MAX_CLASSES", "MAX_SHIFT", "PROBABILITY_BITS", "PROBABILITY_TOTAL", "STATE_WORDS",
-    "ClassTables", "DeviceTables", "cross_entropy_bits", "decode_lanes", "decode_levels_device",
-    "decode_symbols_device", "encode_lanes", "encode_lanes_device",
+    "LANES_PER_TOKEN",
+    "MAX_CLASSES",
+    "MAX_SHIFT",
+    "PROBABILITY_BITS",
+    "PROBABILITY_TOTAL",
+    "STATE_WORDS",
+    "ClassTables",
+    "DeviceTables",
+    "cross_entropy_bits",
+    "decode_lanes",
+    "decode_levels_device",
+    "decode_symbols_device",
+    "encode_lanes",
+    "encode_lanes_device",
 ]
 
 STATE_WORDS = 2
@@ -75,7 +91,7 @@ def decode_lanes(
     first: int = 0,
     lanes_per_token: int = 1,
 ) -> NDArray[np.int16]:
-    """The inverse of ``encode_lanes``, given the same classes, tables, offsets, first and lanes_per_token: int16 [T, R].
+    """The inverse of ``encode_lanes``, given the same further arguments: symbols int16 [T, R].
 
     Raises RecordCorruptError if a lane runs out of words, leaves some, or does not end in the initial state.
     """
@@ -87,9 +103,10 @@ def decode_lanes(
         )
     if len(lengths) % lanes_per_token:
         raise RecordCorruptError(f"{len(lengths)} lanes are not {lanes_per_token} for each token")
+    shifted = _offsets(offsets, len(lengths) // lanes_per_token)
     symbols, bad = reference.decode(
-        words, lengths, classes, _offsets(offsets, len(lengths) // lanes_per_token), first, tables.frequencies, tables.starts,
-        tables.slots, tables.shift, tables.alphabet, lanes_per_token,
+        words, lengths, classes, shifted, first, tables.frequencies, tables.starts, tables.slots, tables.shift,
+        tables.alphabet, lanes_per_token,
     )  # fmt: skip
     if bad.any():
         raise RecordCorruptError(f"{int(bad.sum())} of {len(bad)} rANS lanes do not end in their initial state")

@@ -160,7 +160,7 @@ def _common(
     if lanes_per_token not in (1, 2, 4, 8):
         raise ConfigError(f"lanes_per_token is {lanes_per_token}; it must be one of (1, 2, 4, 8)")
     if not on.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(f"tensors on {on.device} have no GPU kernels: use encode_lanes or decode_lanes on numpy arrays")
+        raise ConfigError(f"tensors on {on.device} have no GPU kernels: use encode_lanes or decode_lanes on numpy")
     _vector("classes", classes, _CLASSES, classes.shape[0])
     if offsets is not None:
         _vector("offsets", offsets, (torch.int8,), tokens)

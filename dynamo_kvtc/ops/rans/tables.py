@@ -16,6 +16,8 @@ PROBABILITY_BITS = 12
 PROBABILITY_TOTAL = 1 << PROBABILITY_BITS
 MAX_CLASSES = 64
 MAX_SHIFT = 12
+
+
 @dataclass(frozen=True)
 class ClassTables:
     """Frequency tables of up to 64 classes.
@@ -101,7 +103,8 @@ class DeviceTables:
         low = (closer * LOOK_CLOSER + (f << PROBABILITY_BITS) + np.where(f > 0, starts, 0)).astype(np.uint64)
         encode = ((reciprocal << np.uint64(32)) | low).view(np.int64)
         arrays = (decode, coarse, tables.slots, encode, tables.shift.astype(np.int32))
-        return cls(*(torch.from_numpy(a).to(device) for a in arrays), alphabet=tables.alphabet)
+        on_device = [torch.from_numpy(a).to(device) for a in arrays]
+        return cls(on_device[0], on_device[1], on_device[2], on_device[3], on_device[4], tables.alphabet)
 
     @property
     def classes(self) -> int:
