@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dynamo_kvtc.calibrate.frequencies import ALPHABET, frequencies
 from dynamo_kvtc.calibrate.importance import ImportanceModel
-from dynamo_kvtc.codec.kvtc import OFFSET_CHOICES, OFFSET_CLASSES, OFFSET_NEUTRAL
+from dynamo_kvtc.codec.kvtc_point import level_bias
+from dynamo_kvtc.codec.lanes import OFFSET_CHOICES, OFFSET_CLASSES, OFFSET_NEUTRAL
 from dynamo_kvtc.ops import quantize
 from dynamo_kvtc.ops.quantize import FRACTION_BITS, SYMBOL_MAX
 from dynamo_kvtc.ops.rans import MAX_CLASSES, MAX_SHIFT, PROBABILITY_TOTAL, ClassTables
@@ -43,8 +44,8 @@ _OFFSET_TOKENS = 128
 class GroupFit:
     """One layer group's part of a point: classes uint8 [r] of its live components, how many of them are wide, the
     leading components' importance weights int32 [2, F] and bias, the table choices' thresholds int64 [15]; bits: mean
-    per token under the tables; error: mean squared error per token in the token's own steps, dropped components
-    included."""
+    per token under the tables; error: mean of what ``quantize.error_of`` says of a token, the squared error of all its
+    components in its own steps, dropped ones included."""
 
     classes: NDArray[np.uint8]
     wide: int
@@ -72,14 +73,14 @@ class PointTables:
 
 def fit_tables(
     coefficients: list[Tensor], step: float, importance: list[ImportanceModel], scales: list[Tensor],
-    slope: float = LAMBDA,
+    outside: list[Tensor], slope: float = LAMBDA,
 ) -> PointTables:  # fmt: skip
     """The point at this step.
 
     Per layer group: coefficients float32 [n, R_g], components by falling variance; scales uint8 [R_g], levels per step
-    of the narrow basis.
+    of the narrow basis; outside: float32 [n], energy of each token that no component holds.
     """
-    lanes = [_Lanes.of(y, step, model) for y, model in zip(coefficients, importance, strict=True)]
+    lanes = [_Lanes.of(*group, step) for group in zip(coefficients, importance, outside, strict=True)]
     classes = _Classes.over(torch.cat([lane.scale for lane in lanes]))
     for lane in lanes:
         lane.classes = classes.of_scale(lane.scale)
@@ -156,7 +157,8 @@ class _Classes:
 
 @dataclass
 class _Lanes:
-    """A layer group's sampled tokens: magnitudes in the token's own steps, float32 [n, R]."""
+    """A layer group's sampled tokens: magnitudes in the token's own steps (the common one for leading components),
+    float32 [n, R]; gain: float32 [n], common step over the token's own."""
 
     full_error: float
     magnitude: Tensor
@@ -167,13 +169,14 @@ class _Lanes:
     classes: Tensor
     offsets: Tensor
     thresholds: Tensor
+    gain: Tensor
 
     @property
     def leading(self) -> int:
         return self.importance.shape[1]
 
     @classmethod
-    def of(cls, coefficients: Tensor, step: float, model: ImportanceModel) -> _Lanes:
+    def of(cls, coefficients: Tensor, model: ImportanceModel, outside: Tensor, step: float) -> _Lanes:
         y = coefficients / step
         weights, bias = model.at_step(step)
         weights = weights.to(y.device)
@@ -185,11 +188,11 @@ class _Lanes:
         scale = magnitude.mean(dim=0)
         live = torch.nonzero(scale > _SMALLEST_SCALE)[:, 0]
         rank = max(int(live[-1]) + 1 if len(live) else 0, n)
-        full = float(magnitude[:, rank:].double().square().sum(dim=1).mean())
+        full = magnitude[:, rank:].double().square().sum(dim=1) + outside.double() * (gain.double() / step).square()
         return cls(
-            full, magnitude[:, :rank], torch.sign(y[:, :rank]).to(torch.int8), scale[:rank].clamp(min=1e-6), weights,
-            bias, torch.zeros(rank, dtype=torch.int64, device=y.device),
-            torch.zeros(len(y), dtype=torch.int64, device=y.device), torch.zeros(0),
+            float(full.mean()), magnitude[:, :rank], torch.sign(y[:, :rank]).to(torch.int8),
+            scale[:rank].clamp(min=1e-6), weights, bias, torch.zeros(rank, dtype=torch.int64, device=y.device),
+            torch.zeros(len(y), dtype=torch.int64, device=y.device), torch.zeros(0), gain,
         )  # fmt: skip
 
     def magnitudes(self, classes: _Classes) -> Tensor:
@@ -221,7 +224,7 @@ class _Lanes:
         some = slice(None, None, max(1, len(q) // _OFFSET_TOKENS))
         part = _Lanes(
             0.0, self.magnitude[some], self.sign[some], self.scale, self.importance, self.bias, self.classes,
-            self.offsets[some], self.thresholds,
+            self.offsets[some], self.thresholds, self.gain[some],
         )  # fmt: skip
         costs = []
         for choice in range(OFFSET_CHOICES):
@@ -267,15 +270,28 @@ class _Lanes:
         limit = torch.div(quantize.LEVEL_MAX, scale[:live].to(self.magnitude), rounding_mode="floor")
         clipped = (self.magnitude[:, :live] - (limit + 0.5)).clamp(min=0).square().mean(dim=0)
         too_large = torch.nonzero(clipped > _CLIPPED)[:, 0]
+        wide = max(self.leading, int(too_large[-1]) + 1 if len(too_large) else 0)
         return GroupFit(
             classes=self.classes[:live].to(torch.uint8).cpu().numpy(),
-            wide=max(self.leading, int(too_large[-1]) + 1 if len(too_large) else 0),
+            wide=wide,
             importance=self.importance.cpu(),
             bias=self.bias,
             thresholds=self.thresholds.cpu(),
             bits=float(bits[:live].sum()),
-            error=float(error[:live].sum() + energy[live:].sum()) + self.full_error,
+            error=self._error(classes, q, wide, live, scale) + float(energy[live:].sum()) + self.full_error,
         )
+
+    def _error(self, classes: _Classes, q: Tensor, wide: int, live: int, scale: Tensor) -> float:
+        """Mean squared error of the live components, in the token's own steps for the leading ones too."""
+        centroid = torch.from_numpy(classes.centroid).to(self.magnitude)[self.classes]
+        level = torch.where(q > 0, q - centroid, 0.0)[:, :live]
+        own = scale[wide:live].to(q.device, torch.int32)
+        rounding = torch.from_numpy(classes.rounding).to(q.device)[self.classes[wide:live]]
+        bias = level_bias(own, (rounding * 2**FRACTION_BITS).round(), centroid[wide:live])
+        level[:, wide:] = quantize.narrow_levels(q[:, wide:live].to(torch.int16), own, bias) / own
+        lost = (self.magnitude[:, :live] - level).square()
+        lost[:, : self.leading] *= self.gain[:, None].square()
+        return float(lost.sum(dim=1, dtype=torch.float64).mean())
 
 
 def _by_class(classes: Tensor, per_column: Tensor) -> NDArray[np.float64]:
