@@ -23,9 +23,10 @@ PROBE_SECONDS = 0.5
 # Operations per P**3 of a symmetric eigen-decomposition with vectors, at GEMM speed: most of it is not GEMM. The CPU's
 # is measured (LAPACK, P 1,920 to 5,760), the GPU's a guess (cuSOLVER).
 _EIGEN_OPS = {"cpu": 12.0, "cuda": 120.0}
-_NARROW_OPS = {"cpu": 1_000.0, "cuda": 4_000.0}
-"""Operations, at GEMM speed, that rounding to 8 bits takes per entry of the basis: row by row, bound by memory on a CPU
-(measured, P 1,920) and by launches on a GPU (a guess)."""
+_NARROW_OPS = {"cpu": 16_000.0, "cuda": 500.0}
+_NARROW_ROW_SECONDS = {"cpu": 0.0, "cuda": 2e-4}
+"""Rounding to 8 bits goes row by row: operations, at GEMM speed, per entry of the basis (bound by memory; measured on a
+CPU, P 960 and 1,920), and seconds of launches per row (a guess)."""
 
 _MODEL_EFFICIENCY = 0.45
 """Share of the GEMM speed that a transformer's forward pass reaches on a small model."""
@@ -131,8 +132,10 @@ def estimate(job: Job, speed: Speed, device_type: str) -> Estimate:
         seconds["Fisher weights"] = forward * sequences * (1.75 * (job.length - continuation) + 3 * continuation)
     seconds["covariance"] = job.fit_tokens * (forward + 2.0 * sum(p.channels**2 for p in parts) / linear)
     eigen = sum(2 * (p.channels / 2) ** 3 if paper else p.channels**3 for p in parts)
-    narrow = 0.0 if paper else _NARROW_OPS[device_type] * transform
-    seconds["PCA"] = (_EIGEN_OPS[device_type] * eigen + narrow) / linear
+    seconds["PCA"] = _EIGEN_OPS[device_type] * eigen / linear
+    if not paper:
+        rows = sum(part.channels for part in parts)
+        seconds["PCA"] += _NARROW_OPS[device_type] * transform / linear + _NARROW_ROW_SECONDS[device_type] * rows
     seconds["coefficients"] = job.held_out_tokens * forward + 2.0 * sample * transform / linear
     if not paper:
         fitted_tokens = _SEARCH_FITS * min(_SEARCH_TOKENS, sample) + sample

@@ -20,9 +20,9 @@ _LEVEL_UNITS = 2.0 ** (affine.FRACTION_BITS - project.BASIS_BITS)
 _ERROR_BITS = 3
 """Fraction bits of a squared error's terms, in squared fixed-point units (a channel's deviation is some 2**11 units).
 
-An input is below 2**15 and K or V of a layer group has at most 2**17 channels, so a token's energy is below 2**47, and so
-is what orthonormal columns hold of it. A code stands for a number within its run's range, so each of a run's components,
-at most 2**10, loses less than four times the run's energy. Terms add up to less than 2**59; int64 holds 3 bits more.
+An input is below 2**15 and K or V of a layer group has at most 2**17 channels, so a token's energy is below 2**47, and
+orthonormal columns hold no more. A code stands for a number within its run's range, so each of a run's components, at
+most 2**10, loses less than four times the run's energy. Terms add up to less than 2**59; int64 holds 3 bits more.
 """
 
 
