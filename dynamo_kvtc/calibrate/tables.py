@@ -85,9 +85,12 @@ def fit_tables(
     for lane in lanes:
         lane.classes = classes.of_scale(lane.scale)
     for round_ in range(_ROUNDS):
-        classes.refit(lanes, slope if round_ < _ROUNDS - 1 else None)
-        if round_ == 0:
-            for lane in lanes:
+        last = round_ == _ROUNDS - 1
+        classes.refit(lanes, None if last else slope)
+        for lane in lanes:
+            if not last:
+                lane.choose_fineness(classes)
+            if round_ == 0:
                 lane.choose_tables(classes)
     groups = tuple(lane.finish(classes, slope, scale) for lane, scale in zip(lanes, scales, strict=True))
     return PointTables(
@@ -158,9 +161,10 @@ class _Classes:
 @dataclass
 class _Lanes:
     """A layer group's sampled tokens: magnitudes in the token's own steps (the common one for leading components),
-    float32 [n, R]; gain: float32 [n], common step over the token's own."""
+    float32 [n, R]; gain: float32 [n], common step over the token's own; dropped: float64 [n], what the components
+    beyond R hold, in squared own steps."""
 
-    full_error: float
+    dropped: Tensor
     magnitude: Tensor
     sign: Tensor
     scale: Tensor
@@ -188,12 +192,23 @@ class _Lanes:
         scale = magnitude.mean(dim=0)
         live = torch.nonzero(scale > _SMALLEST_SCALE)[:, 0]
         rank = max(int(live[-1]) + 1 if len(live) else 0, n)
-        full = magnitude[:, rank:].double().square().sum(dim=1) + outside.double() * (gain.double() / step).square()
+        dropped = magnitude[:, rank:].double().square().sum(dim=1) + outside.double() * (gain.double() / step).square()
         return cls(
-            float(full.mean()), magnitude[:, :rank], torch.sign(y[:, :rank]).to(torch.int8),
+            dropped, magnitude[:, :rank], torch.sign(y[:, :rank]).to(torch.int8),
             scale[:rank].clamp(min=1e-6), weights, bias, torch.zeros(rank, dtype=torch.int64, device=y.device),
             torch.zeros(len(y), dtype=torch.int64, device=y.device), torch.zeros(0), gain,
         )  # fmt: skip
+
+    def choose_fineness(self, classes: _Classes) -> None:
+        """Each token's fineness by its leading symbols as they are now."""
+        n = self.leading
+        rounding = torch.from_numpy(classes.rounding).to(self.magnitude)[self.classes[:n]]
+        q = (self.magnitude[:, :n] + rounding).floor().clamp(max=SYMBOL_MAX) * self.sign[:, :n]
+        gain = quantize.gains(quantize.fineness_of(q.to(torch.int16), self.importance, self.bias), torch.float32)
+        change = gain / self.gain
+        self.magnitude[:, n:] *= change[:, None]
+        self.dropped *= change.double().square()
+        self.gain = gain
 
     def magnitudes(self, classes: _Classes) -> Tensor:
         """int64 [n, R] of the quantised symbols."""
@@ -223,8 +238,8 @@ class _Lanes:
         q = self.magnitudes(classes)
         some = slice(None, None, max(1, len(q) // _OFFSET_TOKENS))
         part = _Lanes(
-            0.0, self.magnitude[some], self.sign[some], self.scale, self.importance, self.bias, self.classes,
-            self.offsets[some], self.thresholds, self.gain[some],
+            self.dropped[some], self.magnitude[some], self.sign[some], self.scale, self.importance, self.bias,
+            self.classes, self.offsets[some], self.thresholds, self.gain[some],
         )  # fmt: skip
         costs = []
         for choice in range(OFFSET_CHOICES):
@@ -261,11 +276,10 @@ class _Lanes:
         level = torch.where(q > 0, q - centroid, 0.0)
         error = (self.magnitude - level).square().mean(dim=0, dtype=torch.float64)
         energy = self.magnitude.square().mean(dim=0, dtype=torch.float64)
+        dropped = float(self.dropped.mean())
         # Cost with the first r components live, r = 0..R. Components that earn almost nothing here are kept: text off
         # the calibration's domain lives in them, and without them it would lose quality instead of costing bits.
-        cost = (
-            torch.cumsum(torch.cat([energy.sum().reshape(1), error + slope * bits - energy]), dim=0) + self.full_error
-        )
+        cost = torch.cumsum(torch.cat([energy.sum().reshape(1), error + slope * bits - energy]), dim=0) + dropped
         live = max(int(cost.argmin()), self.leading)
         limit = torch.div(quantize.LEVEL_MAX, scale[:live].to(self.magnitude), rounding_mode="floor")
         clipped = (self.magnitude[:, :live] - (limit + 0.5)).clamp(min=0).square().mean(dim=0)
@@ -278,7 +292,7 @@ class _Lanes:
             bias=self.bias,
             thresholds=self.thresholds.cpu(),
             bits=float(bits[:live].sum()),
-            error=self._error(classes, q, wide, live, scale) + float(energy[live:].sum()) + self.full_error,
+            error=self._error(classes, q, wide, live, scale) + float(energy[live:].sum()) + dropped,
         )
 
     def _error(self, classes: _Classes, q: Tensor, wide: int, live: int, scale: Tensor) -> float:
