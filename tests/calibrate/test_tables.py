@@ -48,8 +48,8 @@ def fit(
 def profile_of(
     coefficients: torch.Tensor, step: float, model: ImportanceModel, generator: np.random.Generator
 ) -> tuple[KvtcProfile, PointTables, torch.Tensor]:
-    """The codec of a cache (one layer, one head of 768 dims) whose components are the coefficients, and its rows float32
-    [n, 1536]."""
+    """The codec of a cache (one layer, one head of 768 dims) whose components are the coefficients, and its rows,
+    float32 [n, 1536]."""
     basis = torch.from_numpy(np.linalg.qr(generator.standard_normal((CHANNELS, COMPONENTS)))[0]).float()
     deviation = torch.cat([coefficients.square().mean(dim=0).sqrt(), torch.zeros(CHANNELS - COMPONENTS)])
     narrow, scale, exponent = quantise_narrow(basis, deviation)
