@@ -252,9 +252,9 @@ def _drop(name: str) -> Callable[[dict, dict], None]:
 
 NAN, INF = float("nan"), float("inf")
 TENSOR_NAMES = ["group0.mean", "group0.weight", "group0.reach", "group0.wide", "group1.narrow", "group1.scale",
-                "group1.exponent", "group0.point1.classes", "group0.point1.wide", "group1.point1.error", "group0.point1.importance", "group1.point1.bias", "group0.point1.thresholds",
-                "point1.frequencies", "point1.shift", "point1.rounding", "point1.centroid",
-                "point1.activity"]  # fmt: skip
+                "group1.exponent", "group0.point1.classes", "group0.point1.wide", "group1.point1.error",
+                "group0.point1.importance", "group1.point1.bias", "group0.point1.thresholds", "point1.frequencies",
+                "point1.shift", "point1.rounding", "point1.centroid", "point1.activity"]  # fmt: skip
 LIES = [
     *[_set("rank0.group0.weight", x) for x in (NAN, INF, 0.0, -1.0, 1e-45, 1e38)],
     *[_set("rank0.group1.mean", x) for x in (NAN, INF, -INF, 1e38)],
@@ -431,8 +431,8 @@ def fuzz_artifacts(count: int, seed: int, counts: Counter[str]) -> None:
 
 
 def large_artifact(seed: int) -> bytes:
-    """An artifact of 384 and 768 channels, signed: of fewer, components leak into each other, so coding what was decoded
-    need not give the same record. Two lanes a token."""
+    """An artifact of 384 and 768 channels, two lanes a token, signed: with fewer channels, components leak into each
+    other, and coding what was decoded need not give the same record."""
     manifest, tensors, _ = make_artifact(
         KVShape(3, 2, 96, "float16"), groups=((0, 1), (1, 3)), seed=seed, components=12, lanes=2
     )
