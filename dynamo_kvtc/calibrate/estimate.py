@@ -24,9 +24,9 @@ PROBE_SECONDS = 0.5
 # is measured (LAPACK, P 1,920 to 5,760), the GPU's a guess (cuSOLVER).
 _EIGEN_OPS = {"cpu": 12.0, "cuda": 120.0}
 _NARROW_OPS = {"cpu": 16_000.0, "cuda": 500.0}
-_NARROW_ROW_SECONDS = {"cpu": 0.0, "cuda": 2e-4}
+_NARROW_ROW_OPS = {"cpu": 0.0, "cuda": 5e9}
 """Rounding to 8 bits goes row by row: operations, at GEMM speed, per entry of the basis (bound by memory; measured on a
-CPU, P 960 and 1,920), and seconds of launches per row (a guess)."""
+CPU, P 960 and 1,920) and per row (bound by launches, 0.1 ms; a guess)."""
 
 _MODEL_EFFICIENCY = 0.45
 """Share of the GEMM speed that a transformer's forward pass reaches on a small model."""
@@ -135,7 +135,7 @@ def estimate(job: Job, speed: Speed, device_type: str) -> Estimate:
     seconds["PCA"] = _EIGEN_OPS[device_type] * eigen / linear
     if not paper:
         rows = sum(part.channels for part in parts)
-        seconds["PCA"] += _NARROW_OPS[device_type] * transform / linear + _NARROW_ROW_SECONDS[device_type] * rows
+        seconds["PCA"] += (_NARROW_OPS[device_type] * transform + _NARROW_ROW_OPS[device_type] * rows) / linear
     seconds["coefficients"] = job.held_out_tokens * forward + 2.0 * sample * transform / linear
     if not paper:
         fitted_tokens = _SEARCH_FITS * min(_SEARCH_TOKENS, sample) + sample
