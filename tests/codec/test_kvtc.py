@@ -279,8 +279,9 @@ def test_a_narrow_level_stays_a_fifth_of_a_step_inside_its_bin():
     assert ((bias == 0) | ((below - centroid).abs() <= 0.5 / scale) | (below < centroid)).all()
 
 
-def test_no_live_components_decode_to_the_mean():
-    artifact = make_artifact(KVShape(2, 1, 8, "float32"), points=(("all", 1e3),), components=6)[2]
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_no_live_components_decode_to_the_mean(lanes):
+    artifact = make_artifact(KVShape(2, 1, 8, "float32"), points=(("all", 1e3),), components=6, lanes=lanes)[2]
     profile = KvtcProfile(artifact, 0)
     assert len(profile.groups[0].classes) == 0
     symbols, _ = profile.quantise(0, torch.zeros(2, 1, 3, 8), torch.zeros(2, 1, 3, 8))

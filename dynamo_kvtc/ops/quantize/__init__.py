@@ -99,8 +99,8 @@ def error_of(
 
     coefficients: int64 [T, R]; units: int32 [R]; levels: int64 [T, R] in 2**-ERROR_BITS own steps (common ones for the
     first ``leading`` components); energy: int64 [T] of the inputs, before any was clipped; fineness: uint8 [T].
-    It is what the components left out held, plus what quantising the others lost. What clipping inputs cut off counts as
-    left out, in full: the error of such a token is an upper bound.
+    It is what the components left out held, plus what quantising the others lost. A clipped input counts with all its
+    energy, as if nothing of what was cut off came back: the error of such a token is overstated.
     """
     gain = _integer_gains(fineness, coefficients)
     held, lost = reference.squares(
