@@ -54,7 +54,7 @@ def test_round_trip(dtype, heads, dim):
             assert k_back.dtype == v_back.dtype == k.dtype
             assert torch.equal(positions_back, positions)
             errors.append(relative_error(k_back, k) + relative_error(v_back, v))
-        assert errors[0] < 0.05, (tokens, errors)
+        assert errors[0] < 0.12, (tokens, errors)
         assert errors[1] < 0.3, (tokens, errors)
 
 
