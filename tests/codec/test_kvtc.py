@@ -155,8 +155,10 @@ def test_symbols_come_back_from_what_they_decode_to(artifact, point):
         assert sure.double().mean() > 0.5
 
 
-def test_a_narrow_component_beyond_its_limit_is_clipped_counted_and_comes_back(artifact):
-    profile = KvtcProfile(artifact, 1)
+@pytest.mark.parametrize("fineness", [4, 12])
+def test_a_narrow_component_beyond_its_limit_is_clipped_counted_and_comes_back(artifact, fineness):
+    none, bias = torch.zeros(2, LEADING, dtype=torch.int32), torch.tensor([fineness << 16], dtype=torch.int32)
+    profile = KvtcProfile(with_tensors(artifact, group0__point1__importance=none, group0__point1__bias=bias), 1)
     g = profile.groups[0]
     width = g.wide.shape[1]
     basis = g.wide.double() / 2**15, g.narrow.double() * g.scale / 2**g.exponent
@@ -166,17 +168,15 @@ def test_a_narrow_component_beyond_its_limit_is_clipped_counted_and_comes_back(a
     rows = (y @ basis[1].T * g.synthesis_gain.double() + g.mean.double()).float()
     k, v = split_rows(rows, 1, 3, 64)
     symbols, error = profile.quantise(0, k, v)
-    own = symbols[:, 1 + width :].double()
-    gain = quantize.gains(symbols[:, 0] % 16, torch.float64)
-    assert torch.equal(own.diagonal(), torch.minimum((1.75 * limit * gain + ROUNDING).floor(), limit))
-    clipped = gain >= 1
-    assert clipped.any()
+    assert (symbols[:, 0] % 16 == fineness).all()
+    gain = 2.0 ** ((fineness - 4) / 4)
+    assert torch.equal(symbols[:, 1 + width :].double().diagonal(), limit)
     back = profile.dequantise(0, symbols)
     lost = ((join_rows(*back).double() - rows.double()) / g.synthesis_gain.double()).square().sum(dim=1) * gain**2
     torch.testing.assert_close(error * g.mean_error, lost, rtol=0.02, atol=0.5)
-    assert (error[clipped] * g.mean_error > (0.7 * limit[clipped]) ** 2).all()
+    assert (error * g.mean_error > (0.7 * limit * gain) ** 2).all()
     again, _ = profile.quantise(0, *back)
-    assert torch.equal(again[clipped], symbols[clipped])
+    assert torch.equal(again, symbols)
 
 
 def test_an_input_beyond_its_reach_is_clipped_and_counted(artifact):
