@@ -32,7 +32,7 @@ CENTROID = 0.1
 NOISE = 2.0**-7
 """Standard deviation of what no component holds, in the scaled domain."""
 
-POINTS = (("fine", 0.02), ("coarse", 0.25))
+POINTS = (("fine", 0.1), ("coarse", 0.25))
 
 
 def fresh_seed() -> int:
@@ -60,8 +60,8 @@ def make_artifact(
 ) -> tuple[Manifest, dict[str, Tensor], Artifact]:
     """A kvtc artifact of random numbers, saved and opened: its manifest, its tensors, rank 0's view.
 
-    Components' standard deviations decay from about 8 to 0.05 in the scaled domain, so a step of 0.02 makes symbols
-    of several hundreds (classes with shifts) and a step of 0.25 keeps fewer components live. Tokens are of every
+    Components' standard deviations decay from about 8 to 0.05 in the scaled domain, so a step of 0.1 makes symbols
+    of some hundreds (classes with shifts) and a step of 0.25 keeps fewer components live. Tokens are of every
     fineness and of several table choices.
     """
     generator = np.random.default_rng(seed)
@@ -149,7 +149,9 @@ def lane_tensors(
     per_class = _activity(8.0 / step)[classes[leading:]]
     middle = float(np.median(np.abs(symbols[:, leading:]) @ per_class)) if live > leading else 1.0
     levels = symbols - np.sign(symbols) * centroid
-    error = ((scaled[:, :live] - levels) ** 2).sum(axis=1) + ((y[:, live:] * gain) ** 2).sum(axis=1)
+    lost = (scaled[:, :live] - levels) ** 2
+    lost[:, :leading] *= gain**2
+    error = lost.sum(axis=1) + ((y[:, live:] * gain) ** 2).sum(axis=1)
     return {
         "importance": torch.from_numpy(np.round(weights * 2**quantize.SCORE_BITS).astype(np.int32)),
         "bias": torch.tensor([round(bias * 2**quantize.SCORE_BITS)], dtype=torch.int32),

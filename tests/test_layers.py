@@ -102,6 +102,8 @@ def test_an_op_never_imports_another_op(path):
     ("module", "not_these"),
     [
         ("codec/kvtc.py", ["paper", "pipeline", "policy"]),
+        ("codec/kvtc_point.py", ["kvtc", "paper", "pipeline", "policy", "record"]),
+        ("codec/lanes.py", ["artifact", "kvtc", "kvtc_point", "paper", "pipeline", "policy"]),
         ("codec/paper.py", ["kvtc", "pipeline", "policy"]),
         ("codec/record.py", ["artifact", "kvtc", "paper", "pipeline", "policy"]),
         ("codec/artifact.py", ["kvtc", "paper", "pipeline", "policy"]),

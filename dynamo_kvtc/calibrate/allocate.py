@@ -131,7 +131,9 @@ def fit_paper_part(
         outside.append((energy - held).clamp(min=0)[~saturated])
     coefficients = torch.cat(parts)
     if not len(coefficients):
-        raise TooFewTokensError(f"none of {rows.shape[0]} calibration tokens is within {project.INPUT_MAX} units of {unit} each")
+        raise TooFewTokensError(
+            f"none of {rows.shape[0]} calibration tokens is within {project.INPUT_MAX} units of {unit} each"
+        )
     rest = float(torch.cat(outside).mean()) * unit**2
     step = unit * 2.0 ** (affine.FRACTION_BITS - project.BASIS_BITS)
     return [

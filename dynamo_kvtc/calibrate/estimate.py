@@ -23,6 +23,11 @@ PROBE_SECONDS = 0.5
 # Operations per P**3 of a symmetric eigen-decomposition with vectors, at GEMM speed: most of it is not GEMM. The CPU's
 # is measured (LAPACK, P 1,920 to 5,760), the GPU's a guess (cuSOLVER).
 _EIGEN_OPS = {"cpu": 12.0, "cuda": 120.0}
+_NARROW_OPS = {"cpu": 16_000.0, "cuda": 500.0}
+_NARROW_ROW_OPS = {"cpu": 0.0, "cuda": 5e9}
+"""Rounding to 8 bits goes row by row: operations, at GEMM speed, per entry of the basis (bound by memory; measured on a
+CPU, P 960 and 1,920) and per row (bound by launches, 0.1 ms; a guess)."""
+
 _MODEL_EFFICIENCY = 0.45
 """Share of the GEMM speed that a transformer's forward pass reaches on a small model."""
 
@@ -128,6 +133,9 @@ def estimate(job: Job, speed: Speed, device_type: str) -> Estimate:
     seconds["covariance"] = job.fit_tokens * (forward + 2.0 * sum(p.channels**2 for p in parts) / linear)
     eigen = sum(2 * (p.channels / 2) ** 3 if paper else p.channels**3 for p in parts)
     seconds["PCA"] = _EIGEN_OPS[device_type] * eigen / linear
+    if not paper:
+        rows = sum(part.channels for part in parts)
+        seconds["PCA"] += (_NARROW_OPS[device_type] * transform + _NARROW_ROW_OPS[device_type] * rows) / linear
     seconds["coefficients"] = job.held_out_tokens * forward + 2.0 * sample * transform / linear
     if not paper:
         fitted_tokens = _SEARCH_FITS * min(_SEARCH_TOKENS, sample) + sample
@@ -146,7 +154,9 @@ def estimate(job: Job, speed: Speed, device_type: str) -> Estimate:
 def _peak_bytes(job: Job, parts: list[Part], ranks: int, sample: int) -> int:
     widest = max(part.channels for part in parts)
     covariances = 4 * sum(part.channels**2 for part in parts)
-    bases = 2 * sum(part.channels * job.rank(part) for part in parts)
+    # Wide and narrow entries, or profile paper's wide ones alone.
+    bases = (2 if job.config.profile == "paper" else 3) * sum(part.channels * job.rank(part) for part in parts)
+    as_float = 4 * max(part.channels * job.rank(part) for part in parts)
     cache = job.length * job.shape.bytes_per_token
     logits = 4 * job.vocabulary * (job.length // 4)
     phases = [
@@ -156,8 +166,9 @@ def _peak_bytes(job: Job, parts: list[Part], ranks: int, sample: int) -> int:
         covariances + 3 * cache + 8 * job.length * widest,
         # PCA: the accumulators left, the solver's copy, vectors and workspace, the bases so far.
         covariances + 4 * 4 * widest**2 + bases,
-        # Tables: the sample's cache and rows, its coefficients in float32, and scratch of the same size three times.
-        bases + sample * job.shape.bytes_per_token * 3 + 4 * 4 * sample * ranks,
+        # Tables: a basis in float32, the sample's cache and rows, its coefficients in float32, and scratch of the same
+        # size three times.
+        bases + as_float + sample * job.shape.bytes_per_token * 3 + 4 * 4 * sample * ranks,
         # Expected KL: the bases in the codec, a cache thrice, two sets of log-probabilities.
         3 * bases + 4 * cache + 3 * logits if job.kl_sequences else 0,
     ]

@@ -72,12 +72,14 @@ class KvtcPoints:
     """Operating points of all ranks over one set of transforms; ``add`` fits one more.
 
     peak, norm: largest scaled channel and Euclidean norm of all but the most extreme tokens; reach: float32 [P] per
-    part, how far all but one in 2,000 of its values go.
+    part, how far all but one in 2,000 of its values go; outside: float32 [n] per part, each token's energy that no
+    component holds.
     """
 
     transforms: list[KvtcTransform]
     importance: list[ImportanceModel]
     coefficients: list[Tensor]
+    outside: list[Tensor]
     peak: float
     norm: float
     reach: list[Tensor]
@@ -91,15 +93,19 @@ class KvtcPoints:
         cls, transforms: list[KvtcTransform], importance: list[ImportanceModel], sample: CacheSample, rope: RopeSpec,
         raw_bytes_per_token: int, block_tokens: int,
     ) -> KvtcPoints:  # fmt: skip
-        coefficients, reach, peak, norm = [], [], 0.0, 0.0
+        coefficients, outside, reach, peak, norm = [], [], [], 0.0, 0.0
         for t in transforms:
             rows = sample.rows(t.part, rope)
             coefficients.append(t.coefficients(rows))
             scaled = t.scaled(rows)
             reach.append(_quantile(scaled.abs(), _REACH_SHARE))
             peak = max(peak, float(scaled.abs().amax(dim=1).quantile(_FITTING_SHARE)))
-            norm = max(norm, float(scaled.norm(dim=1).quantile(_FITTING_SHARE)))
-        return cls(transforms, importance, coefficients, peak, norm, reach, 8 * raw_bytes_per_token, block_tokens)
+            length = scaled.norm(dim=1)
+            norm = max(norm, float(length.quantile(_FITTING_SHARE)))
+            outside.append((length.square() - coefficients[-1].norm(dim=1).square()).clamp(min=0))
+        return cls(
+            transforms, importance, coefficients, outside, peak, norm, reach, 8 * raw_bytes_per_token, block_tokens
+        )
 
     @property
     def ranks(self) -> int:
@@ -113,7 +119,8 @@ class KvtcPoints:
             mine = [i for i, t in enumerate(self.transforms) if t.part.rank == rank]
             coefficients = [self.coefficients[i][::stride] for i in mine]
             scales = [self.transforms[i].scale for i in mine]
-            out.append(fit_tables(coefficients, step, [self.importance[i] for i in mine], scales))
+            outside = [self.outside[i][::stride] for i in mine]
+            out.append(fit_tables(coefficients, step, [self.importance[i] for i in mine], scales, outside))
         return out
 
     def ratio(self, tables: list[PointTables]) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dynamo_kvtc.calibrate.frequencies import ALPHABET, frequencies
 from dynamo_kvtc.calibrate.importance import ImportanceModel
-from dynamo_kvtc.codec.kvtc_point import WIDE_STEP
+from dynamo_kvtc.codec.kvtc_point import WIDE_STEP, level_bias
 from dynamo_kvtc.codec.lanes import OFFSET_CHOICES, OFFSET_CLASSES, OFFSET_NEUTRAL
 from dynamo_kvtc.ops import quantize
 from dynamo_kvtc.ops.quantize import FRACTION_BITS, SYMBOL_MAX
@@ -44,8 +44,8 @@ _OFFSET_TOKENS = 128
 class GroupFit:
     """One layer group's part of a point: classes uint8 [r] of its live components, how many of them are wide, the
     leading components' importance weights int32 [2, F] and bias, the table choices' thresholds int64 [15]; bits: mean
-    per token under the tables; error: mean squared error per token in the token's own steps, dropped components
-    included."""
+    per token under the tables; error: mean of what ``quantize.error_of`` says of a token, the squared error of all its
+    components in its own steps, dropped ones included."""
 
     classes: NDArray[np.uint8]
     wide: int
@@ -73,21 +73,24 @@ class PointTables:
 
 def fit_tables(
     coefficients: list[Tensor], step: float, importance: list[ImportanceModel], scales: list[Tensor],
-    slope: float = LAMBDA,
+    outside: list[Tensor], slope: float = LAMBDA,
 ) -> PointTables:  # fmt: skip
     """The point at this step.
 
     Per layer group: coefficients float32 [n, R_g], components by falling variance; scales uint8 [R_g], levels per step
-    of the narrow basis.
+    of the narrow basis; outside: float32 [n], energy of each token that no component holds.
     """
-    lanes = [_Lanes.of(y, step, model) for y, model in zip(coefficients, importance, strict=True)]
+    lanes = [_Lanes.of(*group, step) for group in zip(coefficients, importance, outside, strict=True)]
     classes = _Classes.over(torch.cat([lane.scale for lane in lanes]))
     for lane in lanes:
         lane.classes = classes.of_scale(lane.scale)
     for round_ in range(_ROUNDS):
-        classes.refit(lanes, slope if round_ < _ROUNDS - 1 else None)
-        if round_ == 0:
-            for lane in lanes:
+        last = round_ == _ROUNDS - 1
+        classes.refit(lanes, None if last else slope)
+        for lane in lanes:
+            if not last:
+                lane.choose_fineness(classes)
+            if round_ == 0:
                 lane.choose_tables(classes)
     groups = tuple(lane.finish(classes, slope, scale) for lane, scale in zip(lanes, scales, strict=True))
     return PointTables(
@@ -157,9 +160,11 @@ class _Classes:
 
 @dataclass
 class _Lanes:
-    """A layer group's sampled tokens: magnitudes in the token's own steps, float32 [n, R]."""
+    """A layer group's sampled tokens: magnitudes in the token's own steps (the common one for leading components),
+    float32 [n, R]; gain: float32 [n], common step over the token's own; dropped: float64 [n], what the components
+    beyond R hold, in squared own steps."""
 
-    full_error: float
+    dropped: Tensor
     magnitude: Tensor
     sign: Tensor
     scale: Tensor
@@ -168,13 +173,14 @@ class _Lanes:
     classes: Tensor
     offsets: Tensor
     thresholds: Tensor
+    gain: Tensor
 
     @property
     def leading(self) -> int:
         return self.importance.shape[1]
 
     @classmethod
-    def of(cls, coefficients: Tensor, step: float, model: ImportanceModel) -> _Lanes:
+    def of(cls, coefficients: Tensor, model: ImportanceModel, outside: Tensor, step: float) -> _Lanes:
         y = coefficients / step
         weights, bias = model.at_step(step)
         weights = weights.to(y.device)
@@ -186,12 +192,23 @@ class _Lanes:
         scale = magnitude.mean(dim=0)
         live = torch.nonzero(scale > _SMALLEST_SCALE)[:, 0]
         rank = max(int(live[-1]) + 1 if len(live) else 0, n)
-        full = float(magnitude[:, rank:].double().square().sum(dim=1).mean())
+        dropped = magnitude[:, rank:].double().square().sum(dim=1) + outside.double() * (gain.double() / step).square()
         return cls(
-            full, magnitude[:, :rank], torch.sign(y[:, :rank]).to(torch.int8), scale[:rank].clamp(min=1e-6), weights,
-            bias, torch.zeros(rank, dtype=torch.int64, device=y.device),
-            torch.zeros(len(y), dtype=torch.int64, device=y.device), torch.zeros(0),
+            dropped, magnitude[:, :rank], torch.sign(y[:, :rank]).to(torch.int8),
+            scale[:rank].clamp(min=1e-6), weights, bias, torch.zeros(rank, dtype=torch.int64, device=y.device),
+            torch.zeros(len(y), dtype=torch.int64, device=y.device), torch.zeros(0), gain,
         )  # fmt: skip
+
+    def choose_fineness(self, classes: _Classes) -> None:
+        """Each token's fineness by its leading symbols as they are now."""
+        n = self.leading
+        rounding = torch.from_numpy(classes.rounding).to(self.magnitude)[self.classes[:n]]
+        q = (self.magnitude[:, :n] + rounding).floor().clamp(max=SYMBOL_MAX) * self.sign[:, :n]
+        gain = quantize.gains(quantize.fineness_of(q.to(torch.int16), self.importance, self.bias), torch.float32)
+        change = gain / self.gain
+        self.magnitude[:, n:] *= change[:, None]
+        self.dropped *= change.double().square()
+        self.gain = gain
 
     def magnitudes(self, classes: _Classes) -> Tensor:
         """int64 [n, R] of the quantised symbols."""
@@ -221,8 +238,8 @@ class _Lanes:
         q = self.magnitudes(classes)
         some = slice(None, None, max(1, len(q) // _OFFSET_TOKENS))
         part = _Lanes(
-            0.0, self.magnitude[some], self.sign[some], self.scale, self.importance, self.bias, self.classes,
-            self.offsets[some], self.thresholds,
+            self.dropped[some], self.magnitude[some], self.sign[some], self.scale, self.importance, self.bias,
+            self.classes, self.offsets[some], self.thresholds, self.gain[some],
         )  # fmt: skip
         costs = []
         for choice in range(OFFSET_CHOICES):
@@ -259,24 +276,36 @@ class _Lanes:
         level = torch.where(q > 0, q - centroid, 0.0)
         error = (self.magnitude - level).square().mean(dim=0, dtype=torch.float64)
         energy = self.magnitude.square().mean(dim=0, dtype=torch.float64)
+        dropped = float(self.dropped.mean())
         # Cost with the first r components live, r = 0..R. Components that earn almost nothing here are kept: text off
         # the calibration's domain lives in them, and without them it would lose quality instead of costing bits.
-        cost = (
-            torch.cumsum(torch.cat([energy.sum().reshape(1), error + slope * bits - energy]), dim=0) + self.full_error
-        )
+        cost = torch.cumsum(torch.cat([energy.sum().reshape(1), error + slope * bits - energy]), dim=0) + dropped
         live = max(int(cost.argmin()), self.leading)
         limit = torch.div(quantize.LEVEL_MAX, scale[:live].to(self.magnitude), rounding_mode="floor")
         clipped = (self.magnitude[:, :live] - (limit + 0.5)).clamp(min=0).square().mean(dim=0)
         too_large = torch.nonzero(clipped > _CLIPPED)[:, 0]
+        wide = max(self.leading, int(too_large[-1]) + 1 if len(too_large) else 0)
         return GroupFit(
             classes=self.classes[:live].to(torch.uint8).cpu().numpy(),
-            wide=min(live, -(-max(self.leading, int(too_large[-1]) + 1 if len(too_large) else 0) // WIDE_STEP) * WIDE_STEP),
+            wide=min(live, -(-wide // WIDE_STEP) * WIDE_STEP),
             importance=self.importance.cpu(),
             bias=self.bias,
             thresholds=self.thresholds.cpu(),
             bits=float(bits[:live].sum()),
-            error=float(error[:live].sum() + energy[live:].sum()) + self.full_error,
+            error=self._error(classes, q, wide, live, scale) + float(energy[live:].sum()) + dropped,
         )
+
+    def _error(self, classes: _Classes, q: Tensor, wide: int, live: int, scale: Tensor) -> float:
+        """Mean squared error of the live components, in the token's own steps for the leading ones too."""
+        centroid = torch.from_numpy(classes.centroid).to(self.magnitude)[self.classes]
+        level = torch.where(q > 0, q - centroid, 0.0)[:, :live]
+        own = scale[wide:live].to(q.device, torch.int32)
+        rounding = torch.from_numpy(classes.rounding).to(q.device)[self.classes[wide:live]]
+        bias = level_bias(own, (rounding * 2**FRACTION_BITS).round(), centroid[wide:live])
+        level[:, wide:] = quantize.narrow_levels(q[:, wide:live].to(torch.int16), own, bias) / own
+        lost = (self.magnitude[:, :live] - level).square()
+        lost[:, : self.leading] *= self.gain[:, None].square()
+        return float(lost.sum(dim=1, dtype=torch.float64).mean())
 
 
 def _by_class(classes: Tensor, per_column: Tensor) -> NDArray[np.float64]:

@@ -118,7 +118,9 @@ def artifact_facts(artifact: Artifact, file_bytes: int) -> Facts:
                 "step": point.step,
                 "expected_ratio": point.expected_ratio,
                 "expected_kl": point.expected_kl,
+                "lanes": point.lanes,
                 "components": _components(artifact, index),
+                "wide_components": _wide(artifact, index),
             }
             for index, point in enumerate(manifest.points)
         ],
@@ -132,6 +134,16 @@ def _components(artifact: Artifact, point: int) -> list[int] | None:
         return None
     return [
         artifact.tensor(f"group{g}.point{point}.classes", torch.uint8, -1).shape[0]
+        for g in range(len(artifact.manifest.groups))
+    ]
+
+
+def _wide(artifact: Artifact, point: int) -> list[int] | None:
+    """How many of the live components per layer group have a 16-bit basis; None for profile paper."""
+    if artifact.manifest.profile != "kvtc":
+        return None
+    return [
+        int(artifact.tensor(f"group{g}.point{point}.wide", torch.int32, 1))
         for g in range(len(artifact.manifest.groups))
     ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,5 +118,6 @@ class KvtcProfile:
 
 
 def _on(group: KvtcGroup, device: torch.device | str) -> KvtcGroup:
-    moved = {f.name: getattr(group, f.name) for f in fields(group)}
-    return replace(group, **{name: x.to(device) for name, x in moved.items() if isinstance(x, Tensor)})
+    own = {f.name: getattr(group, f.name) for f in fields(group)}
+    moved: dict[str, Any] = {name: x.to(device) for name, x in own.items() if isinstance(x, Tensor)}
+    return replace(group, **moved)

@@ -20,7 +20,7 @@ WIDE_STEP = 16
 _GAIN_MAX = 1e24
 _UNIT_MAX = 2**21
 _WIDE_INPUT = project.NARROW_INPUT_MAX
-"""An input whose reach is over this many fixed-point units gets two limbs; the others are clipped where they exceed it."""
+"""An input whose reach is over this many fixed-point units gets two limbs; the others are clipped there."""
 _LEVEL_MARGIN = 0.2
 """Steps that a level stays inside its bin, so that coding a decoded block again gives the same symbols."""
 
@@ -95,7 +95,9 @@ class KvtcPoint:
         if not 0 < point.step < float("inf"):
             raise ArtifactFormatError(f"operating point {index}: step {point.step} is not a positive number")
         if point.lanes not in LANES:
-            raise ArtifactFormatError(f"operating point {index}: {point.lanes} lanes a token; allowed is one of {LANES}")
+            raise ArtifactFormatError(
+                f"operating point {index}: {point.lanes} lanes a token; it must be one of {LANES}"
+            )
         groups = tuple(
             _load_group(artifact, g, end - start, prefix, point.step, rounding, centroid, activity)
             for g, (start, end) in enumerate(artifact.manifest.groups)
@@ -153,9 +155,9 @@ def _load_group(
         )
     index = classes.long()
     own_scale, own_rounding, own_centroid = scale[width:rank], rounding[index], centroid[index]
-    level_bias = _level_bias(own_scale, own_rounding[width:], own_centroid[width:])
+    own_bias = level_bias(own_scale, own_rounding[width:], own_centroid[width:])
     limits = torch.full((rank,), quantize.SYMBOL_MAX, dtype=torch.int32)
-    limits[width:] = quantize.narrow_limits(own_scale, level_bias)
+    limits[width:] = quantize.narrow_limits(own_scale, own_bias)
     units = torch.full((rank,), quantize.WIDE_UNIT, dtype=torch.int32)
     units[width:] = own_scale << (quantize.UNIT_BITS - exponent)
     return KvtcGroup(
@@ -173,7 +175,7 @@ def _load_group(
         limits=limits,
         centroid=own_centroid[:width],
         scale=own_scale,
-        level_bias=level_bias,
+        level_bias=own_bias,
         importance=importance,
         bias=int(bias),
         activity=activity[index][importance.shape[1] :],
@@ -182,8 +184,11 @@ def _load_group(
     )
 
 
-def _level_bias(scale: Tensor, rounding: Tensor, centroid: Tensor) -> Tensor:
-    """int32 [N]: how many levels a narrow bin's level lies below its number; never so many that it leaves the bin."""
+def level_bias(scale: Tensor, rounding: Tensor, centroid: Tensor) -> Tensor:
+    """int32 [N]: how many levels a narrow bin's level lies below its number; never so many that it leaves the bin.
+
+    scale: int32 [N], levels per step; rounding: [N] in 2**-FRACTION_BITS steps; centroid: float32 [N], in steps.
+    """
     wanted = (centroid.double() * scale).round()
     inside = ((rounding.double() * 2.0**-quantize.FRACTION_BITS - _LEVEL_MARGIN) * scale).floor()
     return torch.minimum(wanted, inside).clamp(min=0).to(torch.int32)

@@ -192,7 +192,7 @@ def test_part_leaves_out_saturated_tokens() -> None:
 
 
 def test_unit_holds_sixteen_deviations_of_the_largest_channel() -> None:
-    assert paper_unit(torch.tensor([0.01, 4.0, 1.0])) == pytest.approx(32 / 32767)
+    assert paper_unit(torch.tensor([0.01, 4.0, 1.0])) == pytest.approx(32 / project.INPUT_MAX)
     for variance in (torch.zeros(3), torch.tensor([1.0, float("nan")]), torch.empty(0), torch.tensor([float("inf")])):
         with pytest.raises(CalibrationError):
             paper_unit(variance)

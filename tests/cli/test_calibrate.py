@@ -296,7 +296,11 @@ def test_estimate_follows_the_work() -> None:
     # Two accumulators of 32,768 channels and the solver's copies.
     assert base.peak_bytes > 6 * 4 * 32768**2
     more_groups = estimate(job(groups=8), SPEED, "cuda")
-    assert more_groups.seconds["PCA"] == pytest.approx(base.seconds["PCA"] / 16)
+    some_groups = estimate(job(groups=4), SPEED, "cuda")
+    # Eigenvectors take a quarter of the time with twice the groups; rounding them takes as long as there are rows.
+    pca = [x.seconds["PCA"] for x in (base, some_groups, more_groups)]
+    assert pca[0] - pca[1] == pytest.approx(4 * (pca[1] - pca[2]), rel=0.01)
+    assert pca[2] < 0.15 * pca[0]
     assert more_groups.peak_bytes < base.peak_bytes / 2
     more_tokens = estimate(job(fit_tokens=400_000), SPEED, "cuda")
     assert more_tokens.seconds["covariance"] == pytest.approx(2 * base.seconds["covariance"])

@@ -51,6 +51,9 @@ def test_artifact_as_json(files: tuple[Path, Path]) -> None:
     assert facts["groups"] == [{"layers": "0-0", "channels_per_rank": 32}, {"layers": "1-2", "channels_per_rank": 64}]
     assert [p["name"] for p in facts["points"]] == ["16", "kl=0.005"]
     assert facts["points"][0]["components"][0] >= facts["points"][1]["components"][0] > 0
+    for point in facts["points"]:
+        assert all(0 < wide < live for wide, live in zip(point["wide_components"], point["components"], strict=True))
+        assert point["lanes"] == 1
     assert facts["points"][1]["step"] == 0.3
     assert facts["points"][1]["expected_kl"] is None
     assert facts["raw_bytes_per_token"] == 192

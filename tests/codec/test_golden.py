@@ -1,4 +1,4 @@
-"""What format version 1 wrote is read for ever: tests/fixtures/v1, which is never regenerated."""
+"""What format version 2 wrote is read for ever: tests/fixtures/v2, which is never regenerated."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dynamo_kvtc.codec.artifact import Artifact, load_artifact
+from dynamo_kvtc.codec.artifact import Artifact, load_artifact, parse_artifact
+from dynamo_kvtc.codec.kvtc_point import KvtcPoint
 from dynamo_kvtc.codec.pipeline import BlockCodec
+from dynamo_kvtc.errors import ArtifactVersionError, RecordVersionError
 from tests.builders import same_bits
 
-FOLDER = Path(__file__).parent.parent / "fixtures" / "v1"
+FOLDER = Path(__file__).parent.parent / "fixtures" / "v2"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.record"))
 
 
@@ -30,9 +32,24 @@ def load(name: str, artifact: Artifact) -> tuple[BlockCodec, bytes, dict[str, to
 
 
 def test_the_files_are_all_there(artifact):
-    assert len(NAMES) == 6
+    assert len(NAMES) == 8
     assert artifact.digest == (FOLDER / "DIGEST").read_text().strip()
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 300_000
+
+
+def test_the_files_hold_both_kinds_of_everything(artifact):
+    """Wide and narrow components and inputs, symbols at a limit, one lane a token and two."""
+    points = [KvtcPoint.load(artifact, i) for i in range(3)]
+    assert [point.lanes for point in points] == [1, 1, 2]
+    assert all(0 < g.wide.shape[1] < len(g.classes) for point in points for g in point.groups)
+    assert any(0 < len(g.wide_inputs) < len(g.mean) for g in points[2].groups)
+    clipped = 0
+    for name in NAMES:
+        codec, _, arrays = load(name, artifact)
+        for g, group in enumerate(codec.profile.groups):
+            width = group.wide.shape[1]
+            clipped += int((arrays[f"symbols{g}"][:, 1 + width :].abs() == group.limits[width:]).sum())
+    assert clipped > 0
 
 
 def test_the_files_hold_many_lane_bytes(artifact):
@@ -100,26 +117,32 @@ def lanes_by_the_document(payload: bytes, tokens: int, point: int, g: int, artif
     tensors = artifact._tensors
     classes = tensors[f"rank0.group{g}.point{point}.classes"].tolist()
     leading = tensors[f"rank0.group{g}.point{point}.importance"].shape[1]
+    lanes = artifact.manifest.points[point].lanes
     counts = tensors[f"rank0.point{point}.frequencies"].tolist()
     shifts = tensors[f"rank0.point{point}.shift"].tolist()
     escape = len(counts[0]) - 1
     largest = (len(counts[0]) - 2) // 2
 
     least, width = struct.unpack_from("<HB", payload)
-    lengths = [least + int.from_bytes(payload[4 + width * n : 4 + width * (n + 1)], "little") for n in range(tokens)]
-    parameters = list(payload[4 + width * tokens : 4 + (width + 1) * tokens])
+    count = tokens * lanes
+    lengths = [least + int.from_bytes(payload[4 + width * n : 4 + width * (n + 1)], "little") for n in range(count)]
+    parameters = list(payload[4 + width * count : 4 + width * count + tokens])
     assert all(byte % 16 <= 12 for byte in parameters)
-    body = payload[4 + (width + 1) * tokens + (width + 1) * tokens % 2 :]
+    size = width * count + tokens
+    body = payload[4 + size + size % 2 :]
     words = list(struct.unpack(f"<{len(body) // 2}H", body))
     assert sum(lengths) == len(words)
 
     out = []
-    for length, parameter in zip(lengths, parameters, strict=True):
-        lane, words = words[:length], words[length:]
+    for n in range(count):
+        lane, words = words[: lengths[n]], words[lengths[n] :]
         x, lane = lane[0] << 16 | lane[1], lane[2:]
-        symbols = [parameter]
+        parameter = parameters[n // lanes]
+        if n % lanes == 0:
+            out.append([parameter] + [0] * len(classes))
         offset = 2 * (parameter // 16 - 8)
-        for j, c in enumerate(classes):
+        for j in range(n % lanes, len(classes), lanes):
+            c = classes[j]
             if j >= leading:
                 c = min(max(c + offset, 0), len(counts) - 1)
             slot, below, column = x % 4096, 0, 0
@@ -139,8 +162,20 @@ def lanes_by_the_document(payload: bytes, tokens: int, point: int, g: int, artif
                     x //= 2 ** shifts[c]
                     if x < 2**16:
                         x = x << 16 | lane.pop(0)
-            symbols.append((q + 2**15) % 2**16 - 2**15)
+            out[-1][1 + j] = (q + 2**15) % 2**16 - 2**15
         assert x == 2**16
         assert lane == []
-        out.append(symbols)
     return out
+
+
+@pytest.mark.parametrize("version", [0, 1, 3])
+def test_another_version_is_refused_by_its_number(artifact, version):
+    """Version 1 was never released: nothing reads it."""
+    codec, record, _ = load("block-16", artifact)
+    with pytest.raises(RecordVersionError, match=f"record format version {version}; this release reads 2"):
+        codec.decode_block(record[:4] + bytes([version]) + record[5:])
+    data = (FOLDER / "artifact.safetensors").read_bytes()
+    old = data.replace(b'{\\"format_version\\":2,', b'{\\"format_version\\":%d,' % version)
+    assert old != data
+    with pytest.raises(ArtifactVersionError, match=f"version {version}; this release reads 2"):
+        parse_artifact(old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from dynamo_kvtc.calibrate.allocate import fit_paper_part, paper_unit
 from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Artifact, Manifest, Point, load_artifact, save_artifact
 from dynamo_kvtc.codec.channels import from_rows
-from dynamo_kvtc.codec.paper import PaperProfile
+from dynamo_kvtc.codec.paper import PaperProfile, _exact_sum
 from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.codec.policy import ExactPolicy
 from dynamo_kvtc.errors import (
@@ -149,6 +150,32 @@ def test_reported_error_is_the_decoded_error(source: Source) -> None:
         # A basis of 16-bit numbers is orthonormal up to some 5e-5, so much of the energy is in doubt.
         energy = squared_error((k, v), (torch.zeros_like(k), torch.zeros_like(v)))
         assert ((found - lost).abs() <= 0.01 * lost + 1e-4 * energy).all()
+
+
+def test_the_error_is_summed_exactly() -> None:
+    """Any order of the components gives the same bits, up to the largest sum there can be."""
+    generator = np.random.default_rng(fresh_seed())
+    terms = torch.from_numpy(generator.exponential(1.0, (40, 3000)) * 2.0 ** generator.uniform(-14, 45, (40, 3000)))
+    total = _exact_sum(terms)
+    assert total.dtype == torch.float64
+    for _ in range(20):
+        assert torch.equal(_exact_sum(terms[:, torch.from_numpy(generator.permutation(3000))]), total)
+    wanted = [math.fsum(row) for row in terms.tolist()]
+    torch.testing.assert_close(total, torch.tensor(wanted, dtype=torch.float64), rtol=1e-15, atol=3000 * 2.0**-4)
+    # A channel of 2**15 units in each of 2**17, lost four times over in a run of 2**10.
+    assert float(_exact_sum(torch.full((1, 2**10), 2.0**49))) == 2.0**59
+
+
+def test_a_tokens_error_does_not_depend_on_the_batch(small: Source) -> None:
+    """To the last bit, or a token next to the bound would be exact in one batch and coded in another."""
+    k, v, positions = small.kv(90)
+    k, v = remove_rope(k.float(), positions, small.rope)[:1], v.float()[:1]
+    profile = PaperProfile(small.artifact, 1)
+    data, error = profile.quantise(0, k, v)
+    for size in (1, 7, 64):
+        parts = [profile.quantise(0, k[:, :, i : i + size], v[:, :, i : i + size]) for i in range(0, 90, size)]
+        assert torch.equal(torch.cat([d for d, _ in parts]), data)
+        assert torch.equal(torch.cat([e for _, e in parts]), error)
 
 
 def test_rate_never_exceeds_the_nominal_budget(source: Source) -> None:

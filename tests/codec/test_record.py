@@ -61,7 +61,7 @@ def test_bytes_are_where_the_format_says():
     assert record[:4] == b"KVTC"
     fields = {field: read(record, field) for field in OFFSETS if field not in ("magic", "checksum")}
     assert fields == {
-        "version": 1, "profile": 2, "point": 3, "flags": 1, "artifact": 0x1122334455667788, "total": len(record),
+        "version": 2, "profile": 2, "point": 3, "flags": 1, "artifact": 0x1122334455667788, "total": len(record),
         "first": 5, "tokens": 3, "exact_tokens": 1, "rank": 2, "groups": 2, "header_bytes": 66,
     }  # fmt: skip
     # 36 bytes of fields, two table entries, the bitmap, three positions, one byte of padding, the sections.
@@ -132,7 +132,8 @@ def read_all(record: bytes) -> None:
     ("field", "value", "error", "told"),
     [
         ("magic", b"KVTX", RecordFormatError, "KVTX"),
-        ("version", 2, RecordVersionError, "version 2; this release reads 1"),
+        ("version", 1, RecordVersionError, "version 1; this release reads 2"),
+        ("version", 3, RecordVersionError, "version 3"),
         ("version", 0, RecordVersionError, "version 0"),
         ("profile", 0, RecordFormatError, "profile 0"),
         ("profile", 77, RecordFormatError, "profile 77"),

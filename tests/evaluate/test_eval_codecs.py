@@ -90,7 +90,7 @@ def test_entropy_is_the_symbols_cost_under_the_tables(tiny: Tiny) -> None:
     artifact = load_artifact(tiny.artifact)
     codec = BlockCodec(artifact, "30")
     records = [block.record for block in codec.encode_blocks(k, v, positions, mask)]
-    tables = codec.profile.tables
+    tables = codec.profile.point.tables
     bits = 0.0
     for g, group in enumerate(codec.profile.groups):
         for record in map(parse_record, records):

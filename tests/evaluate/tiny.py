@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 
+from dynamo_kvtc.calibrate.narrow import quantise_narrow
 from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Manifest, Point, save_artifact
 from dynamo_kvtc.codec.channels import join_rows
 from dynamo_kvtc.ops import project
 from dynamo_kvtc.ops.rope import remove_rope
-from tests.builders import class_scales, class_tensors, lane_tensors
+from tests.builders import LEADING, class_scales, class_tensors, lane_tensors
 
 STEPS = (("8", 0.05), ("30", 0.6), ("kl=0.005", 0.2))
+WIDE_BELOW = 0.5
+"""Below this step all components are wide: there are so few channels that 8-bit ones would leak into each other."""
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "grey", "owls")
 
 
@@ -88,11 +91,18 @@ def write_artifact(path: Path, model: Any, steps: tuple[tuple[str, float], ...] 
             name = f"rank{rank}.group{g}"
             tensors[f"{name}.mean"] = rows.mean(dim=0)
             tensors[f"{name}.weight"] = 1 / (rows.std(dim=0) + 1e-3)
-            tensors[f"{name}.basis"] = project.quantise_basis(torch.from_numpy(basis))
+            columns = torch.from_numpy(basis)
+            entries, scale, exponent = quantise_narrow(columns.float(), torch.ones(channels))
+            tensors[f"{name}.reach"] = (rows - rows.mean(dim=0)).abs().amax(dim=0) * tensors[f"{name}.weight"]
+            tensors[f"{name}.wide"] = project.quantise_basis(columns)
+            tensors[f"{name}.narrow"], tensors[f"{name}.scale"] = entries, scale
+            tensors[f"{name}.exponent"] = torch.tensor([exponent], dtype=torch.int32)
             for p, (_, step) in enumerate(steps):
                 nearest = np.abs(np.log(class_scales(8.0 / step)) - np.log(0.7 / step)).argmin()
                 classes = np.full(channels, int(nearest), dtype=np.uint8)
                 tensors[f"{name}.point{p}.classes"] = torch.from_numpy(classes)
+                wide = channels if step < WIDE_BELOW else min(LEADING, channels)
+                tensors[f"{name}.point{p}.wide"] = torch.tensor([wide], dtype=torch.int32)
                 lane = lane_tensors(generator, np.full(channels, 1 / step), classes, 0.0, step, 0.5, 0.0)
                 tensors |= {f"{name}.point{p}.{key}": value for key, value in lane.items()}
         for p, (_, step) in enumerate(steps):

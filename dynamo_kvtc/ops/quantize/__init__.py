@@ -98,8 +98,9 @@ def error_of(
     """Squared error of each token in its own squared steps, float64 [T]; the same in any order of summation.
 
     coefficients: int64 [T, R]; units: int32 [R]; levels: int64 [T, R] in 2**-ERROR_BITS own steps (common ones for the
-    first ``leading`` components); energy: int64 [T] of the inputs; fineness: uint8 [T].
-    It is what the components left out held, plus what quantising the others lost.
+    first ``leading`` components); energy: int64 [T] of the inputs, before any was clipped; fineness: uint8 [T].
+    It is what the components left out held, plus what quantising the others lost. A clipped input counts with all its
+    energy, as if nothing of what was cut off came back: the error of such a token is overstated.
     """
     gain = _integer_gains(fineness, coefficients)
     held, lost = reference.squares(

@@ -10,7 +10,7 @@ def quantise(
     coefficients: Tensor, units: Tensor, rounding: Tensor, limits: Tensor, gain: Tensor, bits: int, rounding_shift: int,
     symbol_max: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    # |c| < 2**31, units < 2**18, gain <= 2**10: all of it fits 63 bits.
+    # |c| < 2**31, units <= 2**21, gain <= 2**10: all of it fits 63 bits.
     magnitude = (coefficients.abs() * units * gain[:, None] + (rounding << rounding_shift)) >> bits
     overflow = (magnitude.clamp(max=symbol_max + 1) > symbol_max).logical_and(limits >= symbol_max).any(dim=1)
     symbols = torch.sign(coefficients) * torch.minimum(magnitude, limits)
