@@ -17,7 +17,7 @@ from dynamo_kvtc.calibrate.narrow import quantise_narrow
 from dynamo_kvtc.calibrate.points import KvtcPoints, KvtcTransform
 from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Artifact, Manifest, seal
 from dynamo_kvtc.ops.pages import PagedCache, scatter_rows
-from dynamo_kvtc.ops.project import quantise_basis
+from dynamo_kvtc.ops.project import BASIS_BITS, quantise_basis
 from dynamo_kvtc.ops.quantize import FINENESS_NEUTRAL
 from dynamo_kvtc.ops.rope import rotations_of
 from dynamo_kvtc.types import KVShape, ModelIdentity, RopeSpec
@@ -40,7 +40,7 @@ _OUTLIERS = 0.4
 """Share of the channels that the largest components live in: such channels need two bytes an input. Of SmolLM2's, 40 to
 60% do at the finest steps."""
 _OUTLIER_COMPONENTS = 64 / MEASURED_CHANNELS
-_SPREAD = 0.25
+_SPREAD = 0.15
 """Standard deviation of the logarithm of a token's activity."""
 _FINENESS_SPREAD = 1.5
 _CHUNK = 4096
@@ -75,7 +75,8 @@ class Synthetic:
         for transform, y in zip(self._transforms, sample, strict=True):
             scaled = self._scaled(transform, y)
             reach.append(scaled.abs().topk(3, dim=0).values[-1])
-            peak, norm = max(peak, float(scaled.abs().max())), max(norm, float(scaled.norm(dim=1).max()))
+            peak = max(peak, float(scaled.abs().amax(dim=1).quantile(0.999)))
+            norm = max(norm, float(scaled.norm(dim=1).quantile(0.999)))
         points = KvtcPoints(
             self._transforms, [self._importance(i) for i in range(len(self._parts))], sample, peak, norm, reach,
             8 * shape.bytes_per_token, block_tokens,
@@ -145,7 +146,7 @@ class Synthetic:
     def _scaled(self, transform: KvtcTransform, y: Tensor) -> Tensor:
         """Channels [T, P] in the weighted domain; what no kept component holds is spread over all of them."""
         part = transform.part
-        rows = (y.to(torch.bfloat16) @ transform.wide.T.to(torch.bfloat16)).float() * 2.0**-15
+        rows = (y.to(torch.bfloat16) @ transform.wide.T.to(torch.bfloat16)).float() * 2.0**-BASIS_BITS
         rest = self._deviations[self._parts.index(part)][y.shape[1] :].square().sum().div(part.channels).sqrt()
         rows += rest * torch.randn(rows.shape, generator=self._generator, device=self.device)
         return rows

@@ -140,8 +140,8 @@ def _load_group(
     if not 0 <= exponent <= quantize.UNIT_BITS or not bool((scale > 0).all()):
         raise ArtifactFormatError(f"{where}: exponent {exponent} or a narrow component's scale is out of range")
     largest = int(scale.max() if len(scale) else 1) << (quantize.UNIT_BITS - exponent)
-    norm = float(wide.double().square().sum(dim=0).max()) if wide.shape[1] else 0.0
-    if largest > _UNIT_MAX or norm > 2.0**31:
+    norm = max(_largest_norm(wide), _largest_norm(narrow))
+    if largest > _UNIT_MAX or norm > quantize.NORM_MAX:
         raise ArtifactFormatError(f"{where}: a unit of {largest} or a squared norm of {norm:g}; the basis is too large")
     analysis_gain = (weight.double() * (2**quantize.INPUT_BITS / step)).float()
     synthesis_gain = (step / weight.double()).float()
@@ -192,3 +192,11 @@ def level_bias(scale: Tensor, rounding: Tensor, centroid: Tensor) -> Tensor:
     wanted = (centroid.double() * scale).round()
     inside = ((rounding.double() * 2.0**-quantize.FRACTION_BITS - _LEVEL_MARGIN) * scale).floor()
     return torch.minimum(wanted, inside).clamp(min=0).to(torch.int32)
+
+
+def _largest_norm(basis: Tensor) -> float:
+    """Largest squared norm of a column."""
+    total = torch.zeros(basis.shape[1], dtype=torch.float64)
+    for rows in basis.split(1024):
+        total += rows.float().square().sum(dim=0)
+    return float(total.max()) if len(total) else 0.0

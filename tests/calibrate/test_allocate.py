@@ -172,7 +172,7 @@ def test_part_error_is_in_channel_units_and_counts_what_the_basis_lacks() -> Non
         fits = fit_paper_part(rows * factor, mean * factor, basis, unit, [4.0, 8.0])
         assert all(isinstance(fit, Allocation) for fit in fits)
         outside = 88 * 0.05**2 * factor**2
-        y = (rows - mean) * factor @ (basis.float() * 2.0**-15)
+        y = (rows - mean) * factor @ (basis.float() * 2.0**-14)
         for fit in fits:
             # In channel units float16 has the range here too, so the allocation's error can be had without the unit.
             inside = squared_error(y, fit.sizes.tolist(), fit.types.tolist()) / 700

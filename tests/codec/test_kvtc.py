@@ -68,7 +68,7 @@ def test_symbols_are_whitened_coefficients_in_the_tokens_own_steps(artifact, poi
         artifact.tensor(f"group1.{name}", dtype, *[-1] * dims).double()
         for name, dtype, dims in (("mean", torch.float32, 1), ("weight", torch.float32, 1), ("wide", torch.int16, 2))
     )
-    exact = ((rows - mean) * weight / step) @ (basis[:, : symbols.shape[1] - 1] / 2**15)
+    exact = ((rows - mean) * weight / step) @ (basis[:, : symbols.shape[1] - 1] / 2**14)
     fineness = symbols[:, 0] % 16
     assert len(fineness.unique()) > 5, "the case is meant to have many"
     exact[:, LEADING:] *= 2 ** ((fineness.double() - 4) / 4)[:, None]
@@ -161,7 +161,7 @@ def test_a_narrow_component_beyond_its_limit_is_clipped_counted_and_comes_back(a
     profile = KvtcProfile(with_tensors(artifact, group0__point1__importance=none, group0__point1__bias=bias), 1)
     g = profile.groups[0]
     width = g.wide.shape[1]
-    basis = g.wide.double() / 2**15, g.narrow.double() * g.scale / 2**g.exponent
+    basis = g.wide.double() / 2**14, g.narrow.double() * g.scale / 2**g.exponent
     limit = g.limits[width:].double()
     # One token per narrow component, three quarters beyond its limit, all else next to nothing.
     y = torch.diag(1.75 * limit)
@@ -256,7 +256,7 @@ def test_decoding_is_what_the_format_says(artifact):
     centroid, rounding = own["centroid"].double()[classes], own["rounding"].double()[classes] / 2**20
     level = torch.sign(q) * (q.abs() - centroid)
     level[:, LEADING:] /= gain
-    rows = level[:, :width] @ tensor["wide"][:, :width].double().T / 2**15
+    rows = level[:, :width] @ tensor["wide"][:, :width].double().T / 2**14
     bias = torch.minimum((centroid * scale[:rank]).round(), ((rounding - 0.2) * scale[:rank]).floor()).clamp(min=0)
     a = torch.sign(q) * (q.abs() * scale[:rank] - bias).clamp(0, 127)
     rows += a[:, width:] @ tensor["narrow"][:, width:rank].double().T / 2 ** int(tensor["exponent"]) / gain

@@ -96,7 +96,7 @@ def test_synthesis_scatters_what_the_reference_computes(
 
     front = levels.double()
     front[:, leading:] *= shrink[(parameters % 16).long()].double()[:, None]
-    rows = front @ (b_wide.double().T * 2.0**-15)
+    rows = front @ (b_wide.double().T * 2.0**-14)
     rows += (small.double() @ b_narrow.double().T) * 2.0**-14 * shrink[(parameters % 16).long()].double()[:, None]
     rows = rows * gain.double() + mean.double()
     half = rows.float().reshape(tokens, 2, layers, heads, dim).permute(1, 2, 3, 0, 4)

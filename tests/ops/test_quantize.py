@@ -44,7 +44,7 @@ def run(
 
 def test_the_unit_of_a_wide_component_is_its_basis():
     """An input of one step under a basis entry of 1."""
-    coefficient = 2**quantize.INPUT_BITS * 2**15
+    coefficient = 2**quantize.INPUT_BITS * 2**14
     assert coefficient * WIDE == STEP
     assert run([[coefficient, -3 * coefficient]], [WIDE] * 2, [HALF] * 2, [TOP] * 2) == ([[1, -3]], [False])
 
@@ -237,7 +237,7 @@ def test_the_error_is_the_same_in_any_order_of_components():
 def test_the_largest_error_does_not_wrap():
     """All of the largest energy in one wide component, and none of it coded; the same left out; and coded fully."""
     energy = quantize.ENERGY_MAX
-    coefficient = math.isqrt(energy) * 2**15
+    coefficient = math.isqrt(energy) * 2**14
     arguments = ints([WIDE]), torch.zeros(1, 1, dtype=torch.int64)
     neutral, finest = torch.tensor([4]).byte(), torch.tensor([12]).byte()
     steps = energy / 4**quantize.INPUT_BITS

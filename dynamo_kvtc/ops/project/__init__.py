@@ -16,8 +16,8 @@ from torch import Tensor
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops.project import reference
 
-BASIS_BITS = 15
-"""Fraction bits of a wide basis: an entry b is kept as round(b * 2**15), clamped to int16."""
+BASIS_BITS = 14
+"""Fraction bits of a wide basis: an entry b is kept as round(b * 2**14)."""
 
 INPUT_MAX = 32639
 """Largest magnitude of a fixed-point input (two int8 limbs, 127 * 256 + 127); a token beyond it is saturated and must
@@ -27,12 +27,12 @@ NARROW_INPUT_MAX = 127
 """A narrow input is clipped here."""
 
 MAX_CHANNELS = 2**17
-"""Channels of a layer group for which 15 + 15 + 17 bits of a sum still fit float64's 53."""
+"""Channels of a layer group for which 14 + 15 + 17 bits of a sum still fit float64's 53."""
 
 
 def quantise_basis(basis: Tensor) -> Tensor:
     """Wide fixed point, int16 [P, R], of an orthonormal float basis [P, R]."""
-    return (basis.double() * 2**BASIS_BITS).round().clamp(-32767, 32767).to(torch.int16)
+    return (basis.double() * 2**BASIS_BITS).round().clamp(-(2**BASIS_BITS), 2**BASIS_BITS).to(torch.int16)
 
 
 def fixed_point(x: Tensor, mean: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.ops.project import BASIS_BITS
 
 ALIGNMENT = 16
 """Bytes: rows of what a kernel reads through a tensor descriptor start at multiples of it."""
@@ -159,7 +160,7 @@ def synthesis_operands(
     def rows(x: Tensor) -> Tensor:
         return torch.where(there.reshape(-1, *[1] * (x.dim() - 1)), x[index.clamp(min=0)], 0)
 
-    full = (rows(wide).float() * 2.0**-15).half()
+    full = (rows(wide).float() * 2.0**-BASIS_BITS).half()
     front = torch.zeros(len(full), 1 << (max(leading, MIN_FRONT) - 1).bit_length(), dtype=torch.half, device=wide.device)
     front[:, :leading] = full[:, :leading]
     full[:, :leading] = 0

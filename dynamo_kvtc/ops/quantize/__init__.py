@@ -19,8 +19,8 @@ INPUT_BITS = 5
 UNIT_BITS = 25
 """A basis entry times its component's unit is the entry's value times 2**UNIT_BITS."""
 
-WIDE_UNIT = 2 ** (UNIT_BITS - 15)
-"""The unit of a wide component, whose basis has 15 fraction bits."""
+WIDE_UNIT = 2 ** (UNIT_BITS - 14)
+"""The unit of a wide component, whose basis has 14 fraction bits."""
 
 FRACTION_BITS = 20
 """Fraction bits of roundings, relative to the step."""
@@ -34,8 +34,10 @@ SYMBOL_MAX = 32767
 LEVEL_MAX = 127
 """Largest magnitude of a narrow component's level; its symbols are clipped to what that allows."""
 
-ENERGY_MAX = 2**31 - 1
-"""Largest energy of a token: with columns of a squared norm up to 2**31, coefficients fit 32 bits."""
+ENERGY_MAX = 2**33 - 1
+"""Largest energy of a token: with columns of a squared norm up to NORM_MAX, coefficients fit 32 bits."""
+
+NORM_MAX = 2**29
 
 FINENESS_LEVELS = 13
 """Fineness e means a step of 2**((NEUTRAL - e) / 4) of the common one: twice as coarse at 0, a quarter at 12."""
