@@ -7,6 +7,7 @@ whole call, host work included; stages are GPU events of one further run.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ def run(case: CodecCase, progress: Callable[[str], None]) -> list[Row]:
     rows = []
     for ratio in case.ratios:
         rows.append(_one(case, synthetic, cache, slots, positions, ratio, rates, progress) | {"prefill_s": prefill})
+        torch.cuda.empty_cache()
         progress(f"ratio {ratio:g}: done")
     return rows
 
@@ -127,8 +129,6 @@ def _one(
     )
     row["encode_stages_s"] = _stages(codec, encode)
     row["floors_s"] = _floors(codec.point.groups, shape, len(slots), row, rates)
-    del codec, decoder, target
-    torch.cuda.empty_cache()
     return row
 
 
@@ -178,7 +178,7 @@ def _stages(codec: PagedCodec, call: Callable[[], Any]) -> dict[str, float]:
     finally:
         codec.marks = None
     out: dict[str, float] = {}
-    for (_, before), (name, event) in zip(marks, marks[1:], strict=False):
+    for (_, before), (name, event) in itertools.pairwise(marks):
         out[name] = out.get(name, 0.0) + before.elapsed_time(event) / 1e3
     return out
 

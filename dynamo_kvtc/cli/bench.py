@@ -37,3 +37,51 @@ def calibrate_command(
     Console().print_json(data=result)
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+@command.command("codec")
+@click.option("--shape", "shapes", multiple=True, default=["llama-3.1-8b"], show_default=True,
+              help=f"One of {', '.join(SHAPES)}; may be repeated.")  # fmt: skip
+@click.option("--ratio", "ratios", multiple=True, type=float, default=[20.0, 60.0], show_default=True,
+              help="Of coded tokens; may be repeated.")  # fmt: skip
+@click.option("--tokens", default=8192, show_default=True, help="Tokens of a request.")
+@click.option("--requests", default=1, show_default=True, help="Requests coded in one call.")
+@click.option("--groups", default=2, show_default=True, help="Layer groups.")
+@click.option("--max-rank", default=10_000, show_default=True, help="Components kept per layer group at most.")
+@click.option("--chunk", default=None, type=int, metavar="TOKENS", help="Tokens the GPU works on at once.")
+@click.option("--prefill/--no-prefill", default=True, show_default=True, help="Time a random-weight model, too.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the rows as JSON.")
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="FILE", help="Draw the stages (.png).")
+def codec_command(
+    shapes: tuple[str, ...], ratios: tuple[float, ...], tokens: int, requests: int, groups: int, max_rank: int,
+    chunk: int | None, prefill: bool, json_path: Path | None, plot_path: Path | None,
+) -> None:  # fmt: skip
+    """Encode and restore a synthetic cache on this GPU, against moving its raw bytes and computing it again."""
+    from dynamo_kvtc.bench.codec import CodecCase, run
+    from dynamo_kvtc.bench.report import plot, stage_table, table
+    from dynamo_kvtc.codec.paged import PagedLimits
+
+    limits = None if chunk is None else PagedLimits(encode_tokens=chunk, decode_tokens=chunk)
+    rows = []
+    for shape in shapes:
+        case = CodecCase(
+            shape, ratios, tokens, requests, groups=groups, max_rank=max_rank, prefill=prefill, limits=limits
+        )
+        rows += run(case, lambda told: click.echo(told, err=True))
+    console = Console()
+    console.print(table(rows))
+    for row in rows:
+        console.print(stage_table(row))
+    if json_path is not None:
+        json_path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if plot_path is not None:
+        plot(rows, plot_path)
+
+
+@command.command("table")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def table_command(files: tuple[Path, ...]) -> None:
+    """Markdown of what `bench codec --json` wrote: the README's performance table."""
+    from dynamo_kvtc.bench.report import markdown
+
+    click.echo(markdown([row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]), nl=False)
