@@ -36,7 +36,7 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class CodecCase:
     """What to measure. ratios: of coded tokens; requests x tokens are coded in one call; max_rank: components kept per
-    layer group; prefill: whether to time a random-weight model of the shape, too."""
+    layer group; lanes: rANS lanes a token (default: by the rank); prefill: whether to time a random-weight model of the shape, too."""
 
     shape: str
     ratios: tuple[float, ...]
@@ -44,6 +44,7 @@ class CodecCase:
     requests: int = 1
     groups: int = 2
     max_rank: int = 10_000
+    lanes: int | None = None
     block_tokens: int = 16
     prefill: bool = True
     small_tokens: int = 512
@@ -58,7 +59,7 @@ def run(case: CodecCase, progress: Callable[[str], None]) -> list[Row]:
     shape = model_of(case.shape).kv
     rates = measure_rates(device)
     progress(f"rates: {rates}")
-    synthetic = Synthetic(shape, case.ratios, case.groups, case.max_rank, case.block_tokens, device)
+    synthetic = Synthetic(shape, case.ratios, case.groups, case.max_rank, case.block_tokens, device, case.lanes)
     total = case.tokens * case.requests
     cache, slots = synthetic.cache(total)
     positions = torch.arange(case.tokens).repeat(case.requests)

@@ -61,7 +61,7 @@ class Synthetic:
 
     def __init__(
         self, shape: KVShape, ratios: tuple[float, ...], groups: int, max_rank: int, block_tokens: int,
-        device: torch.device,
+        device: torch.device, lanes: int | None = None,
     ) -> None:  # fmt: skip
         self.shape, self.device = shape, device
         self.rope = RopeSpec(tuple(5e5 ** (-2 * i / shape.head_dim) for i in range(shape.head_dim // 2)))
@@ -81,7 +81,7 @@ class Synthetic:
         points = KvtcPoints(
             self._transforms, [self._importance(i) for i in range(len(self._parts))], sample, outside, peak, norm,
             reach,
-            8 * shape.bytes_per_token, block_tokens,
+            8 * shape.bytes_per_token, block_tokens, lanes,
         )  # fmt: skip
         for ratio in ratios:
             points.add(f"{ratio:g}", points.solve(ratio))

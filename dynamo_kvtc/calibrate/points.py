@@ -73,7 +73,7 @@ class KvtcPoints:
 
     peak, norm: largest scaled channel and Euclidean norm of all but the most extreme tokens; reach: float32 [P] per
     part, how far all but one in 2,000 of its values go; outside: float32 [n] per part, each token's energy that no
-    component holds.
+    component holds; lanes: rANS lanes a token (default: by the number of components).
     """
 
     transforms: list[KvtcTransform]
@@ -85,6 +85,7 @@ class KvtcPoints:
     reach: list[Tensor]
     raw_bits_per_token: int
     block_tokens: int
+    lanes: int | None = None
     points: list[Point] = field(default_factory=list)
     fitted: list[list[PointTables]] = field(default_factory=list)
 
@@ -125,7 +126,7 @@ class KvtcPoints:
 
     def ratio(self, tables: list[PointTables]) -> float:
         """Coded tokens' ratio of these tables, record headers included."""
-        overhead = overhead_bits_per_token(len(tables[0].groups), self.block_tokens, lanes_of(tables))
+        overhead = overhead_bits_per_token(len(tables[0].groups), self.block_tokens, self.lanes or lanes_of(tables))
         return self.raw_bits_per_token / sum(t.bits + overhead for t in tables)
 
     def reachable(self) -> tuple[float, float]:
@@ -153,7 +154,8 @@ class KvtcPoints:
     def add(self, name: str, step: float) -> None:
         tables = self.fit(step)
         self.fitted.append(tables)
-        self.points.append(Point(name=name, step=step, expected_ratio=self.ratio(tables), lanes=lanes_of(tables)))
+        lanes = self.lanes or lanes_of(tables)
+        self.points.append(Point(name=name, step=step, expected_ratio=self.ratio(tables), lanes=lanes))
 
     def tensors(self) -> dict[str, Tensor]:
         """The artifact's tensors, the basis trimmed to the components that live at some point."""

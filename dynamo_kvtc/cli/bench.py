@@ -48,13 +48,14 @@ def calibrate_command(
 @click.option("--requests", default=1, show_default=True, help="Requests coded in one call.")
 @click.option("--groups", default=2, show_default=True, help="Layer groups.")
 @click.option("--max-rank", default=10_000, show_default=True, help="Components kept per layer group at most.")
+@click.option("--lanes", type=int, help="rANS lanes a token.  [default: by the rank]")
 @click.option("--chunk", default=None, type=int, metavar="TOKENS", help="Tokens the GPU works on at once.")
 @click.option("--prefill/--no-prefill", default=True, show_default=True, help="Time a random-weight model, too.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the rows as JSON.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="FILE", help="Draw the stages (.png).")
 def codec_command(
     shapes: tuple[str, ...], ratios: tuple[float, ...], tokens: int, requests: int, groups: int, max_rank: int,
-    chunk: int | None, prefill: bool, json_path: Path | None, plot_path: Path | None,
+    lanes: int | None, chunk: int | None, prefill: bool, json_path: Path | None, plot_path: Path | None,
 ) -> None:  # fmt: skip
     """Encode and restore a synthetic cache on this GPU, against moving its raw bytes and computing it again."""
     from dynamo_kvtc.bench.codec import CodecCase, run
@@ -65,7 +66,7 @@ def codec_command(
     rows = []
     for shape in shapes:
         case = CodecCase(
-            shape, ratios, tokens, requests, groups=groups, max_rank=max_rank, prefill=prefill, limits=limits
+            shape, ratios, tokens, requests, groups=groups, max_rank=max_rank, lanes=lanes, prefill=prefill, limits=limits
         )
         rows += run(case, lambda told: click.echo(told, err=True))
     console = Console()

@@ -36,8 +36,8 @@ class PagedLimits:
     encode_tokens, decode_tokens: tokens of a chunk; record_bytes: largest run of records staged at once, in bytes.
     """
 
-    encode_tokens: int = 2048
-    decode_tokens: int = 4096
+    encode_tokens: int = 4096
+    decode_tokens: int = 8192
     record_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:

@@ -25,6 +25,9 @@ from dynamo_kvtc.ops.project.device import synthesise_into_pages
 if TYPE_CHECKING:
     from dynamo_kvtc.codec.paged import Blocks, PagedCodec
 
+_NEAR = 4096
+"""Bytes: gaps between records up to this are copied along."""
+
 _RING = 3
 """Chunks whose records may be on the GPU at once: one being decoded, the others on their way."""
 
@@ -56,6 +59,32 @@ class Restore:
 
 
 @dataclass(frozen=True)
+class _Plan:
+    """What all layer groups of a chunk share: sound: bool [B]; exact_of: int64 [B], exact tokens; arrays for the GPU."""
+
+    sound: NDArray[np.bool_]
+    exact_of: NDArray[np.int64]
+    arrays: dict[str, NDArray]
+
+    @classmethod
+    def of(cls, counts: NDArray[np.int32], slots: NDArray[np.int64], batch: HeaderBatch, own: slice, tokens: slice) -> _Plan:
+        exact, sound = batch.exact[tokens], batch.status[own] == 0
+        block_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        coded = ~exact & sound[block_of]
+        per_block = np.bincount(block_of[coded], minlength=len(counts)).astype(np.int32)
+        kept = np.flatnonzero(exact)
+        exact_of = np.bincount(block_of[kept], minlength=len(counts))
+        index = np.arange(len(kept)) - np.repeat(np.cumsum(exact_of) - exact_of, exact_of)
+        arrays = {
+            "first": (np.cumsum(per_block) - per_block).astype(np.int32), "counts": per_block,
+            "block_of": block_of[coded], "slots": slots[coded], "positions": batch.positions[tokens][coded],
+            "exact_block": block_of[kept], "exact_slots": slots[kept], "index": index.astype(np.int32),
+            "count": exact_of[block_of[kept]].astype(np.int32),
+        }  # fmt: skip
+        return cls(sound, exact_of, arrays)
+
+
+@dataclass(frozen=True)
 class _Chunk:
     """Blocks [first, last) of the call, tokens of them, and the bytes of the arena that hold their records."""
 
@@ -63,6 +92,7 @@ class _Chunk:
     tokens: slice
     start: int
     end: int
+    plan: _Plan
 
 
 class Decoder:
@@ -103,7 +133,7 @@ class Decoder:
         self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks
     ) -> Restore:  # fmt: skip
         batch = read_headers(arena.numpy(), offsets, sizes, blocks.counts, self._codec.identity)
-        chunks = self._plan(offsets, sizes, blocks.counts, batch)
+        chunks = self._chunks(offsets, sizes, blocks, batch)
         status = torch.empty(len(blocks.counts), dtype=torch.int32, device=self._device)
         host = torch.empty(len(blocks.counts), dtype=torch.int32, pin_memory=self._cuda)
         host.copy_(torch.from_numpy(batch.status))
@@ -130,37 +160,38 @@ class Decoder:
         event.record()
         return event
 
-    def _plan(
-        self, offsets: NDArray[np.int64], sizes: NDArray[np.int64], counts: NDArray[np.int32], batch: HeaderBatch
+    def _chunks(
+        self, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks, batch: HeaderBatch
     ) -> list[_Chunk]:
         """Chunks of whole blocks that fit the workspace. Records that follow each other are copied at once."""
-        limits, out = self._codec.limits, []
-        start = token = 0
-        sound = batch.status == 0
-        # A record that is not sound moves nothing.
-        low, high = np.where(sound, offsets, -1), np.where(sound, offsets + sizes, -1)
-        while start < len(counts):
-            end, tokens, first, last, own = start, 0, -1, -1, 0
-            while end < len(counts) and (tokens + counts[end] <= limits.decode_tokens or end == start):
-                lo, hi = (first, last)
-                if sound[end]:
-                    lo = int(low[end]) if first < 0 else min(first, int(low[end]))
-                    hi = max(last, int(high[end]))
-                    own += int(sizes[end])
-                # Far apart in the arena, or too many bytes: another chunk.
-                if end > start and hi - lo > min(limits.record_bytes, 2 * own + 4096):
-                    own -= int(sizes[end]) if sound[end] else 0
-                    break
-                first, last = lo, hi
-                tokens += int(counts[end])
-                end += 1
-            if tokens > limits.decode_tokens or last - first > limits.record_bytes:
+        limits, counts, slots = self._codec.limits, blocks.counts, blocks.slots.numpy()
+        total, sound = len(counts), batch.status == 0
+        reach = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        # A record that is not sound moves nothing: it counts as lying where the last sound one ends.
+        last = np.maximum.accumulate(np.where(sound, np.arange(total), -1))
+        ends = np.where(last >= 0, (offsets + sizes)[last], 0)
+        starts = np.where(sound, offsets, ends)
+        # Copied at once: records that follow each other without a gap as large as a record.
+        follows = np.zeros(total, dtype=np.bool_)
+        follows[1:] = (starts[1:] >= ends[:-1]) & (starts[1:] - ends[:-1] <= np.maximum(sizes[1:], _NEAR))
+        breaks = np.append(np.flatnonzero(~follows), total)
+        out, start = [], 0
+        while start < total:
+            end = int(breaks[np.searchsorted(breaks, start, side="right")])
+            end = min(end, int(np.searchsorted(reach, reach[start] + limits.decode_tokens, side="right")) - 1)
+            room = starts[start] + limits.record_bytes
+            end = min(end, start + int(np.searchsorted(ends[start:end], room, side="right")))
+            if end <= start:
                 raise ConfigError(
-                    f"a block of {tokens} tokens and {last - first} bytes; PagedLimits allows {limits.decode_tokens} "
-                    f"tokens and {limits.record_bytes} bytes"
+                    f"a block of {counts[start]} tokens and {sizes[start]} bytes; PagedLimits allows "
+                    f"{limits.decode_tokens} tokens and {limits.record_bytes} bytes"
                 )
-            out.append(_Chunk(slice(start, end), slice(token, token + tokens), first, last))
-            start, token = end, token + tokens
+            first = int(starts[start])
+            tokens = slice(int(reach[start]), int(reach[end]))
+            own = slice(start, end)
+            plan = _Plan.of(counts[own], slots[tokens], batch, own, tokens)
+            out.append(_Chunk(own, tokens, first, max(int(ends[end - 1]), first), plan))
+            start = end
         return out
 
     def _group(
@@ -168,33 +199,22 @@ class Decoder:
         status: Tensor, turn: int,
     ) -> None:  # fmt: skip
         """One layer group of one chunk."""
-        codec, own = self._codec, chunk.blocks
-        counts, exact = blocks.counts[own], batch.exact[chunk.tokens]
-        sound = batch.status[own] == 0
-        block_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        coded = ~exact & sound[block_of]
-        per_block = np.bincount(block_of[coded], minlength=len(counts)).astype(np.int32)
-        kept = np.flatnonzero(exact)
-        exact_of = np.bincount(block_of[kept], minlength=len(counts))
-        bytes_exact = exact_of * (group.layers[1] - group.layers[0]) * codec.artifact.shape.bytes_per_layer_token
-        where = np.where(sound, batch.sections[own, g, 0] - chunk.start, 0)
+        codec, own, plan = self._codec, chunk.blocks, chunk.plan
+        counts = blocks.counts[own]
+        bytes_exact = plan.exact_of * (group.layers[1] - group.layers[0]) * codec.artifact.shape.bytes_per_layer_token
+        where = np.where(plan.sound, batch.sections[own, g, 0] - chunk.start, 0)
         section = batch.sections[own, g, 1]
-        short = sound & (section < bytes_exact)
-        slots = blocks.slots[chunk.tokens].numpy()
-        index = np.arange(len(kept)) - np.repeat(np.cumsum(exact_of) - exact_of, exact_of)
-        arrays = {
+        short = plan.sound & (section < bytes_exact)
+        arrays = plan.arrays | {
             "where": where, "section": section, "payload": where + bytes_exact,
             "room": np.where(short, 1, section - bytes_exact), "crc": batch.crc[own, g].view(np.int32),
-            "first": (np.cumsum(per_block) - per_block).astype(np.int32), "counts": per_block,
-            "block_of": block_of[coded], "slots": slots[coded], "positions": batch.positions[chunk.tokens][coded],
-            "exact_block": block_of[kept], "exact_slots": slots[kept], "exact_base": where[block_of[kept]],
-            "index": index.astype(np.int32), "count": exact_of[block_of[kept]].astype(np.int32),
+            "exact_base": where[plan.arrays["exact_block"]],
         }  # fmt: skip
         with torch.cuda.stream(self._copies) if self._copies is not None else nullcontext():
             if self._copies is not None:
                 self._copies.wait_event(self._free[turn])
             ring = self._ring[turn]
-            if chunk.end > chunk.start >= 0:
+            if chunk.end > chunk.start:
                 ring[: chunk.end - chunk.start].copy_(arena[chunk.start : chunk.end], non_blocking=True)
             arrived = self._event()
         sent = self._mailbox.send(arrays)
@@ -203,15 +223,16 @@ class Decoder:
             self._stream.wait_event(arrived)
             codec.mark("copy")
         own_status = status[own]
-        n, blocks_here = int(coded.sum()), len(counts)
+        n, blocks_here = len(plan.arrays["slots"]), len(counts)
         crc = self._crc[:blocks_here]
         copy_ranges_device(ring, sent["where"], sent["section"], None, None, crc, int(section.max(initial=0)))
         lanes.verify(crc, sent["crc"], own_status)
         codec.mark("checksum")
-        self._coded(group, ring, sent, own_status, n, int(per_block.max(initial=0)))
-        if len(kept):
-            chosen = self._exact_slots[: len(kept)]
-            lanes.select(own_status, sent["exact_block"], sent["exact_slots"], self._keep[: len(kept)], chosen)
+        self._coded(group, ring, sent, own_status, n, int(plan.arrays["counts"].max(initial=0)))
+        kept = len(plan.arrays["exact_slots"])
+        if kept:
+            chosen = self._exact_slots[:kept]
+            lanes.select(own_status, sent["exact_block"], sent["exact_slots"], self._keep[:kept], chosen)
             scatter_exact(
                 codec.cache, group.layers, chosen, sent["exact_base"], sent["index"], sent["count"],
                 ring,

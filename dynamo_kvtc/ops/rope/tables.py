@@ -25,10 +25,17 @@ class Tables:
     """Cosines and sines of one set of frequencies, float64, on one device."""
 
     def __init__(self, inv_freq: tuple[float, ...], device: torch.device) -> None:
-        self._parts = [(cos.to(device), sin.to(device)) for cos, sin in _tables(inv_freq)]
+        self._parts = [(cos.to(device).contiguous(), sin.to(device).contiguous()) for cos, sin in _tables(inv_freq)]
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [T, n]; positions int64 [T] on the tables' device, of which the low 31 bits count."""
+        if positions.is_cuda:
+            try:
+                from dynamo_kvtc.ops.rope import triton as kernels
+            except ImportError:
+                pass  # The same bits, in more launches.
+            else:
+                return kernels.rotations(positions, self._parts, BITS)
         (cos, sin), *others = [
             (c[index], s[index])
             for (c, s), shift, bits in zip(self._parts, _SHIFTS, BITS, strict=True)
