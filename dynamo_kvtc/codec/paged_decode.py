@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _NEAR = 4096
 """Bytes: gaps between records up to this are copied along."""
 
+_KEPT_ANGLES = 4
+"""Chunks whose rotations are kept from one layer group to the next; with more, they are computed again."""
+
 _RING = 3
 """Chunks whose records may be on the GPU at once: one being decoded, the others on their way."""
 
@@ -77,7 +80,7 @@ class _Plan:
         index = np.arange(len(kept)) - np.repeat(np.cumsum(exact_of) - exact_of, exact_of)
         arrays = {
             "first": (np.cumsum(per_block) - per_block).astype(np.int32), "counts": per_block,
-            "block_of": block_of[coded], "slots": slots[coded], "positions": batch.positions[tokens][coded],
+            "slots": slots[coded], "positions": batch.positions[tokens][coded],
             "exact_block": block_of[kept], "exact_slots": slots[kept], "index": index.astype(np.int32),
             "count": exact_of[block_of[kept]].astype(np.int32),
         }  # fmt: skip
@@ -143,10 +146,13 @@ class Decoder:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             status.copy_(host, non_blocking=True)
-            turn = 0
+            turn, angles = 0, {}
+            keep_angles = len(chunks) <= _KEPT_ANGLES
             for g, group in enumerate(self._codec.point.groups):
                 for chunk in chunks:
-                    self._group(arena, g, group, chunk, blocks, batch, status, turn % _RING)
+                    self._group(arena, g, group, chunk, blocks, batch, status, turn % _RING, angles)
+                    if not keep_angles:
+                        angles.clear()
                     turn += 1
                 events.append(self._event())
             host.copy_(status, non_blocking=True)
@@ -196,9 +202,9 @@ class Decoder:
 
     def _group(
         self, arena: Tensor, g: int, group: PagedGroup, chunk: _Chunk, blocks: Blocks, batch: HeaderBatch,
-        status: Tensor, turn: int,
+        status: Tensor, turn: int, angles: dict[int, tuple[Tensor, Tensor]],
     ) -> None:  # fmt: skip
-        """One layer group of one chunk."""
+        """One layer group of one chunk. angles: rotations of chunks by their first block, kept for the next group."""
         codec, own, plan = self._codec, chunk.blocks, chunk.plan
         counts = blocks.counts[own]
         bytes_exact = plan.exact_of * (group.layers[1] - group.layers[0]) * codec.artifact.shape.bytes_per_layer_token
@@ -226,13 +232,16 @@ class Decoder:
         n, blocks_here = len(plan.arrays["slots"]), len(counts)
         crc = self._crc[:blocks_here]
         copy_ranges_device(ring, sent["where"], sent["section"], None, None, crc, int(section.max(initial=0)))
-        lanes.verify(crc, sent["crc"], own_status)
         codec.mark("checksum")
-        self._coded(group, ring, sent, own_status, n, int(plan.arrays["counts"].max(initial=0)))
+        if chunk.blocks.start not in angles:
+            angles[chunk.blocks.start] = codec.rotations.at(sent["positions"])
+            codec.mark("rotations")
+        self._coded(group, ring, sent, own_status, n, int(plan.arrays["counts"].max(initial=0)),
+                    angles[chunk.blocks.start])  # fmt: skip
         kept = len(plan.arrays["exact_slots"])
         if kept:
             chosen = self._exact_slots[:kept]
-            lanes.select(own_status, sent["exact_block"], sent["exact_slots"], self._keep[:kept], chosen)
+            lanes.select(own_status, sent["exact_block"], sent["exact_slots"], chosen)
             scatter_exact(
                 codec.cache, group.layers, chosen, sent["exact_base"], sent["index"], sent["count"],
                 ring,
@@ -242,14 +251,15 @@ class Decoder:
             self._free[turn].record()
 
     def _coded(
-        self, group: PagedGroup, ring: Tensor, sent: dict[str, Tensor], status: Tensor, n: int, most: int
-    ) -> None:
+        self, group: PagedGroup, ring: Tensor, sent: dict[str, Tensor], status: Tensor, n: int, most: int,
+        angles: tuple[Tensor, Tensor],
+    ) -> None:  # fmt: skip
         """Coded tokens of a chunk: n of them, at most ``most`` of a block."""
         codec, split = self._codec, self._lanes
         starts, lengths, bad = (x[: n * split] for x in (self._starts, self._lengths, self._bad))
         parameters, offsets = self._parameters[:n], self._offsets[:n]
         lanes.read(
-            ring, sent["payload"], sent["room"], sent["first"], sent["counts"], status, starts, lengths, parameters,
+            ring, sent["payload"], sent["room"], self._crc, sent["crc"], sent["first"], sent["counts"], status, starts, lengths, parameters,
             offsets, split, max(most, 1), OFFSET_NEUTRAL, OFFSET_CLASSES, quantize.FINENESS_LEVELS - 1,
         )  # fmt: skip
         if not n:
@@ -263,12 +273,9 @@ class Decoder:
             offsets=offsets, first=group.leading, lanes_per_token=split,
         )  # fmt: skip
         codec.mark("rANS")
-        lanes.blame(bad, sent["block_of"], status, split)
         keep, chosen = self._keep[:n], self._chosen[:n]
-        lanes.select(status, sent["block_of"], sent["slots"], keep, chosen)
-        cos, sin = codec.rotations.at(sent["positions"])
-        codec.mark("rotations")
+        lanes.judge(bad, sent["first"], sent["counts"], status, sent["slots"], keep, chosen, split, max(most, 1))
         synthesise_into_pages(
-            narrow, wide, group.synthesis, parameters, codec.point.shrink, cos, sin, codec.pages, chosen, keep
+            narrow, wide, group.synthesis, parameters, codec.point.shrink, *angles, codec.pages, chosen, keep
         )
         codec.mark("project")

@@ -48,13 +48,15 @@ def write(
 
 
 def read(
-    data: Tensor, base: Tensor, size: Tensor, first: Tensor, counts: Tensor, status: Tensor, starts: Tensor,
-    lengths: Tensor, parameters: Tensor, offsets: Tensor, split: int, most: int, neutral: int, classes: int, top: int,
+    data: Tensor, base: Tensor, size: Tensor, crc: Tensor, expected: Tensor, first: Tensor, counts: Tensor,
+    status: Tensor, starts: Tensor, lengths: Tensor, parameters: Tensor, offsets: Tensor, split: int, most: int,
+    neutral: int, classes: int, top: int,
 ) -> None:  # fmt: skip
     """Directories of payloads, checked as ``codec.lanes.unpack_lanes`` does.
 
-    data: uint8 [bytes]; base, size: int64 [B], a payload's first byte and bytes; first, counts: int32 [B], its coded
-    tokens; status: int32 [B], a block that is not SOUND is left alone, one that is found bad becomes BAD_DIRECTORY.
+    data: uint8 [bytes]; base, size: int64 [B], a payload's first byte and bytes; crc, expected: int32 [B]; first,
+    counts: int32 [B], its coded tokens; status: int32 [B], a block that is not SOUND is left alone, one whose checksum
+    is not the expected one becomes BAD_CHECKSUM, one whose directory cannot be becomes BAD_DIRECTORY.
     Out: starts int64, lengths int32 [T * S], in words of data, 0 words in a bad block; parameters uint8 [T]; offsets
     int8 [T], (table choice - neutral) * classes. top: largest fineness.
     """
@@ -62,31 +64,27 @@ def read(
 
     tokens = kernels.power(most)
     kernels.read[(len(first),)](
-        data, base, size, first, counts, status, starts, lengths, parameters, offsets, top, neutral, classes, split,
+        data, base, size, crc, expected, first, counts, status, starts, lengths, parameters, offsets, top, neutral, classes, split,
         tokens * split, tokens,
     )  # fmt: skip
 
 
-def verify(crc: Tensor, expected: Tensor, status: Tensor) -> None:
-    """status int32 [B] becomes BAD_CHECKSUM where crc int32 [B] is not the expected one."""
+def judge(
+    bad: Tensor, first: Tensor, counts: Tensor, status: Tensor, slots: Tensor, keep: Tensor, chosen: Tensor, split: int,
+    most: int,
+) -> None:  # fmt: skip
+    """status becomes BAD_LANE for sound blocks with a bad lane; then keep uint8 [T] is 1 and chosen int64 [T] the slot
+    for coded tokens of sound blocks, 0 and -1 for the others. bad: int32 [T * S]; slots: int64 [T]."""
     from dynamo_kvtc.ops.lanes import triton as kernels
 
-    kernels.verify[(-(-len(crc) // _TOKENS),)](crc, expected, status, len(crc), _TOKENS)
+    tokens = kernels.power(most)
+    kernels.judge[(len(first),)](bad, first, counts, status, slots, keep, chosen, split, tokens * split, tokens)
 
 
-def blame(bad: Tensor, block_of: Tensor, status: Tensor, split: int) -> None:
-    """status becomes BAD_LANE for blocks with a bad lane. bad: int32 [T * S]; block_of: int32 [T], each token's block."""
-    from dynamo_kvtc.ops.lanes import triton as kernels
-
-    tokens = len(block_of)
-    if tokens:
-        kernels.blame[(-(-tokens // _TOKENS),)](bad, block_of, status, tokens, split, _TOKENS)
-
-
-def select(status: Tensor, block_of: Tensor, slots: Tensor, keep: Tensor, chosen: Tensor) -> None:
-    """keep uint8 [T] is 1, chosen int64 [T] the slot, for tokens of sound blocks; 0 and -1 for the others."""
+def select(status: Tensor, block_of: Tensor, slots: Tensor, chosen: Tensor) -> None:
+    """chosen int64 [T] is the slot for tokens of sound blocks, -1 for the others. block_of: int32 [T]."""
     from dynamo_kvtc.ops.lanes import triton as kernels
 
     tokens = len(block_of)
     if tokens:
-        kernels.select[(-(-tokens // _TOKENS),)](status, block_of, slots, keep, chosen, tokens, _TOKENS)
+        kernels.select[(-(-tokens // _TOKENS),)](status, block_of, slots, chosen, tokens, _TOKENS)

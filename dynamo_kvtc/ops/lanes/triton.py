@@ -81,7 +81,7 @@ def _copy_words(words, stride, cap, lengths, word_at, target, lanes, ROWS: tl.co
 
 
 @triton.jit
-def _read(data, base, size, first, counts, status, starts, lengths, parameters, offsets, top, NEUTRAL: tl.constexpr,
+def _read(data, base, size, crc, expected, first, counts, status, starts, lengths, parameters, offsets, top, NEUTRAL: tl.constexpr,
           CLASSES: tl.constexpr, S: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """Where each lane of each block's payload lies, in words of ``data``; length 0 where the payload is not sound."""
     block = tl.program_id(0)
@@ -100,7 +100,9 @@ def _read(data, base, size, first, counts, status, starts, lengths, parameters, 
     head = 4 + body + body % 2
     sane = sane & (head <= room) & ((room - head) % 2 == 0) & (at % 2 == 0)
     sane = sane | ((count == 0) & (room == 0))
-    sane = sane & (tl.load(status + block) == 0)
+    before = tl.load(status + block)
+    before = tl.where((before == 0) & (tl.load(crc + block) != tl.load(expected + block)), 1, before)
+    sane = sane & (before == 0)
 
     lane = tl.arange(0, LANES)
     here = (lane < count * S) & sane
@@ -122,40 +124,39 @@ def _read(data, base, size, first, counts, status, starts, lengths, parameters, 
     value = tl.where(sound, value, 4)
     tl.store(parameters + begin + t, value, mask=of_token)
     tl.store(offsets + begin + t, ((value.to(tl.int32) // 16 - NEUTRAL) * CLASSES).to(tl.int8), mask=of_token)
-    tl.store(status + block, 2, mask=(tl.load(status + block) == 0) & ~sound)
+    tl.store(status + block, tl.where((before == 0) & ~sound, 2, before))
 
 
 @triton.jit
-def _blame(bad, block_of, status, tokens, S: tl.constexpr, BLOCK: tl.constexpr):
-    """status[block_of[token]] = 3 where a lane of the token is bad."""
-    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = t < tokens
-    lanes = t.to(tl.int64)[:, None] * S + tl.arange(0, S)[None, :]
-    found = tl.max(tl.load(bad + lanes, mask=here[:, None], other=0), axis=1) != 0
-    tl.store(status + tl.load(block_of + t, mask=here, other=0), tl.full((BLOCK,), 3, tl.int32), mask=here & found)
+def _judge(bad, first, counts, status, slots, keep, chosen, S: tl.constexpr, LANES: tl.constexpr,
+           TOKENS: tl.constexpr):  # fmt: skip
+    """status = 3 for a block with a bad lane; then keep and chosen of its tokens."""
+    block = tl.program_id(0)
+    begin = tl.load(first + block)
+    count = tl.load(counts + block)
+    lane = tl.arange(0, LANES)
+    found = tl.max(tl.load(bad + begin.to(tl.int64) * S + lane, mask=lane < count * S, other=0))
+    before = tl.load(status + block)
+    after = tl.where((before == 0) & (found != 0), 3, before)
+    tl.store(status + block, after)
+    t = tl.arange(0, TOKENS)
+    here = t < count
+    slot = tl.load(slots + begin + t, mask=here, other=-1)
+    tl.store(keep + begin + t, tl.zeros((TOKENS,), tl.uint8) + (after == 0).to(tl.uint8), mask=here)
+    tl.store(chosen + begin + t, tl.where(after == 0, slot, -1), mask=here)
 
 
 @triton.jit
-def _select(status, block_of, slots, keep, chosen, tokens, BLOCK: tl.constexpr):
-    """keep = 1 and chosen = slot for tokens of sound blocks, 0 and -1 for the others."""
+def _select(status, block_of, slots, chosen, tokens, BLOCK: tl.constexpr):
+    """chosen = slot for tokens of sound blocks, -1 for the others."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = t < tokens
     good = tl.load(status + tl.load(block_of + t, mask=here, other=0), mask=here, other=1) == 0
-    tl.store(keep + t, good.to(tl.uint8), mask=here)
     tl.store(chosen + t, tl.where(good, tl.load(slots + t, mask=here, other=-1), -1), mask=here)
-
-
-@triton.jit
-def _verify(crc, expected, status, blocks, BLOCK: tl.constexpr):
-    """status = 1 where a checksum differs."""
-    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = b < blocks
-    differs = tl.load(crc + b, mask=here, other=0) != tl.load(expected + b, mask=here, other=0)
-    tl.store(status + b, tl.full((BLOCK,), 1, tl.int32), mask=here & differs)
 
 
 def power(n: int) -> int:
     return triton.next_power_of_2(max(n, 1))
 
 
-measure, write, copy_words, read, blame, select, verify = _measure, _write, _copy_words, _read, _blame, _select, _verify
+measure, write, copy_words, read, judge, select = _measure, _write, _copy_words, _read, _judge, _select
