@@ -11,6 +11,7 @@ once per chunk while encoding, to learn the records' sizes, and never while deco
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,10 +100,8 @@ class PagedCodec:
         from dynamo_kvtc.codec.paged_encode import Encoder
 
         _check_cache(artifact, cache)
-        try:
-            import triton  # noqa: F401
-        except ImportError as exc:
-            raise MissingDependencyError("the GPU path needs triton: pip install dynamo-kvtc[gpu]") from exc
+        if importlib.util.find_spec("triton") is None:
+            raise MissingDependencyError("the GPU path needs triton: pip install dynamo-kvtc[gpu]")
         self.artifact = artifact
         self.cache = cache
         self.policy = policy or ExactPolicy()
