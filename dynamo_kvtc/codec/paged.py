@@ -141,7 +141,7 @@ class PagedCodec:
         """Bytes of workspace on the device, for encoding and decoding."""
         return self._encoder.nbytes + self._decoder.nbytes
 
-    def encode(self, blocks: Blocks, arena: Tensor, at: int = 0):  # noqa: ANN201
+    def encode(self, blocks: Blocks, arena: Tensor, at: int = 0):
         """Records of blocks into ``arena`` from byte ``at`` on: ``paged_encode.Encoded``.
 
         arena: uint8 [bytes], pinned host memory (any memory on a CPU). Raises ConfigError if positions are missing or
@@ -157,7 +157,7 @@ class PagedCodec:
         self._check(blocks, arena, written=False)
         return self._encoder.encode(blocks, arena, at)
 
-    def decode(self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks):  # noqa: ANN201
+    def decode(self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks):
         """Records back into the pages at ``blocks.slots``: ``paged_decode.Restore``, with an event per layer group.
 
         offsets, sizes: int64 [B], the records' bytes in the arena. A record that is damaged, or another codec's, is

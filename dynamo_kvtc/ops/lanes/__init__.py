@@ -33,7 +33,7 @@ def write(
     """Payloads into target, block b's from byte base[b] (even) on.
 
     parameters: uint8 [T]; base: int64 [B]; words: int16 [T * S, cap], a lane's words at the end of its row; target:
-    uint8 [bytes], target_words: the same memory as int16; word_at: int64 [T * S], workspace. The rest as in ``measure``.
+    uint8 [bytes], target_words: the same memory as int16; word_at: int64 [T * S], workspace. The rest: see ``measure``.
     """
     from dynamo_kvtc.ops.lanes import triton as kernels
 
@@ -75,7 +75,7 @@ def verify(crc: Tensor, expected: Tensor, status: Tensor) -> None:
 
 
 def blame(bad: Tensor, block_of: Tensor, status: Tensor, split: int) -> None:
-    """status becomes BAD_LANE for blocks with a bad lane. bad: int32 [T * S]; block_of: int32 [T], each token's block."""
+    """status becomes BAD_LANE for blocks with a bad lane. bad: int32 [T * S]; block_of: int32 [T], tokens' blocks."""
     from dynamo_kvtc.ops.lanes import triton as kernels
 
     tokens = len(block_of)
