@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dynamo_kvtc.calibrate.narrow import quantise_narrow
 from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Artifact, Manifest, Point, load_artifact, save_artifact
-from dynamo_kvtc.codec.kvtc_point import WIDE_STEP
 from dynamo_kvtc.codec.channels import from_rows, split_rows
+from dynamo_kvtc.codec.kvtc_point import WIDE_STEP
 from dynamo_kvtc.ops import project, quantize, rans
 from dynamo_kvtc.ops.rope import apply_rope
 from dynamo_kvtc.types import KVShape, ModelIdentity, RopeSpec

@@ -20,8 +20,10 @@ from dynamo_kvtc.codec.record import (
     MAX_RECORD_BYTES,
     SECTION_BYTES,
     VERSION,
+    header_bytes,
+    parse_record,
 )
-from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.errors import ConfigError, RecordError
 from dynamo_kvtc.ops.checksum import crc32
 
 SOUND, BAD_HEADER, MISMATCH = 0, 4, 5
@@ -137,78 +139,72 @@ def read_headers(
     arena: NDArray[np.uint8], offsets: NDArray[np.int64], sizes: NDArray[np.int64], counts: NDArray[np.int32],
     identity: Identity,
 ) -> HeaderBatch:  # fmt: skip
-    """Headers of B records that are expected to have ``counts`` tokens each. Nothing outside a record is read."""
+    """Headers of B records that are expected to have ``counts`` tokens each. Nothing outside a record is read.
+
+    BAD_HEADER where ``parse_record`` refuses the record or it is not in the arena; MISMATCH where it is sound but
+    another codec's, or has other tokens or layer groups than expected.
+    """
     groups, blocks = identity.groups, len(counts)
-    first = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if blocks else np.zeros(0, np.int64)
+    first = np.cumsum(counts, dtype=np.int64) - counts
     tokens = int(counts.sum())
-    status = np.full(blocks, BAD_HEADER, dtype=np.int32)
     batch = HeaderBatch(
-        status, np.zeros(tokens, np.bool_), np.zeros(tokens, np.int64), np.zeros((blocks, groups, 2), np.int64),
-        np.zeros((blocks, groups), np.uint32),
+        np.full(blocks, BAD_HEADER, np.int32), np.zeros(tokens, np.bool_), np.zeros(tokens, np.int64),
+        np.zeros((blocks, groups, 2), np.int64), np.zeros((blocks, groups), np.uint32),
     )  # fmt: skip
-    least = FIXED_BYTES + groups * SECTION_BYTES
-    there = (offsets >= 0) & (sizes >= least) & (offsets <= len(arena) - sizes)
-    safe = np.where(there, offsets, 0)
-    if not blocks or len(arena) < least:
-        return batch
-    raw = arena[safe[:, None] + np.arange(least)]
-    h = np.ascontiguousarray(raw[:, :FIXED_BYTES]).view(_HEADER)[:, 0]
-    table = np.ascontiguousarray(raw[:, FIXED_BYTES:]).view("<u4").reshape(blocks, groups, 2).astype(np.int64)
-    plain = there & (h["magic"] == MAGIC) & (h["version"] == VERSION) & (h["flags"] & ~np.uint8(FLAG_GAPS) == 0)
-    plain &= np.isin(h["profile"], list(PROFILE_NAMES))
-    plain &= (h["total"] == sizes) & (h["tokens"] == counts) & (h["exact"] <= h["tokens"])
-    gaps = (h["flags"] & FLAG_GAPS) != 0
-    header = header_bytes_of(h["tokens"].astype(np.int32), h["exact"].astype(np.int64), gaps, groups)
-    plain &= (h["groups"] == groups) & (h["header"] == header) & (header + table[:, :, 0].sum(axis=1) == sizes)
-    ours = np.ones(blocks, dtype=np.bool_)
-    for name in ("profile", "point", "artifact", "rank"):
-        ours &= h[name] == getattr(identity, name)
-    short = np.flatnonzero(plain & (header == least))
-    rows = raw[short]
-    rows[:, CRC_OFFSET:FIXED_BYTES] = 0
-    good = short[(_checksums(rows) == raw[short, CRC_OFFSET:FIXED_BYTES]).all(axis=1)]
-    last = h["first"][good].astype(np.int64) + counts[good] - 1
-    status[good] = np.where(ours[good], np.where(last < 2**31, SOUND, BAD_HEADER), MISMATCH)
-    token = np.arange(tokens) - np.repeat(first, counts)
-    wanted = np.repeat((status == SOUND), counts)
-    batch.positions[:] = np.where(wanted, np.repeat(h["first"].astype(np.int64), counts) + token, 0)
-    for b in np.flatnonzero(plain & (header != least)):
-        whole = arena[safe[b] : safe[b] + header[b]].copy()
-        whole[CRC_OFFSET:FIXED_BYTES] = 0
-        if int(_checksums(whole[None]).view("<u4")[0, 0]) != int(h["crc"][b]):
+    there = np.flatnonzero((offsets >= 0) & (sizes >= 0) & (offsets <= len(arena) - sizes))
+    usual = _read_usual(arena, offsets, sizes, counts, identity, there, batch)
+    for b in np.setdiff1d(there, usual, assume_unique=True):
+        try:
+            record = parse_record(arena.data[offsets[b] : offsets[b] + sizes[b]])
+        except RecordError:
             continue
-        if not ours[b]:
-            status[b] = MISMATCH
+        h = record.header
+        if Identity(h.profile, h.point, h.artifact, h.rank, record.groups) != identity or h.tokens != counts[b]:
+            batch.status[b] = MISMATCH
             continue
         own = slice(first[b], first[b] + counts[b])
-        if _read_tail(whole, least, h[b], bool(gaps[b]), batch.exact[own], batch.positions[own]):
-            status[b] = SOUND
-        else:
-            batch.exact[own], batch.positions[own] = False, 0
-    batch.sections[:, :, 1] = table[:, :, 0]
-    batch.sections[:, :, 0] = (safe + header)[:, None] + np.cumsum(table[:, :, 0], axis=1) - table[:, :, 0]
-    batch.crc[:] = table[:, :, 1]
-    batch.sections[status != SOUND], batch.crc[status != SOUND] = 0, 0
+        batch.status[b], batch.exact[own], batch.positions[own] = SOUND, h.exact, h.positions
+        batch.sections[b, :, 0], batch.sections[b, :, 1] = record.offsets, record.sizes
+        batch.sections[b, :, 0] += offsets[b]
+        batch.crc[b] = record.checksums
     return batch
 
 
-def _read_tail(
-    header: NDArray[np.uint8], tail: int, fields: np.void, gaps: bool, exact: NDArray[np.bool_],
-    positions: NDArray[np.int64],
-) -> bool:  # fmt: skip
-    """Bitmap and positions of one record into ``exact`` and ``positions``; False if they cannot be."""
-    count, start = len(exact), int(fields["first"])
-    if fields["exact"]:
-        bits = header[tail : tail + (count + 7) // 8]
-        tail += len(bits)
-        mask = np.unpackbits(bits, bitorder="little").astype(np.bool_)
-        if int(mask.sum()) != int(fields["exact"]) or mask[count:].any():
-            return False
-        exact[:] = mask[:count]
-    positions[:] = np.arange(start, start + count)
-    if gaps:
-        positions[:] = np.frombuffer(header.tobytes(), "<u4", count, tail)
-        tail += 4 * count
-        if not (np.diff(positions) != 1).any() or int(positions[0]) != start:
-            return False
-    return int(positions.max()) < 2**31 and (tail == len(header) or header[-1] == 0)
+def _read_usual(
+    arena: NDArray[np.uint8], offsets: NDArray[np.int64], sizes: NDArray[np.int64], counts: NDArray[np.int32],
+    identity: Identity, there: NDArray[np.int64], batch: HeaderBatch,
+) -> NDArray[np.int64]:  # fmt: skip
+    """Nearly all records at once: sound, as expected, no exact tokens, no gaps. Returns which ones were.
+
+    there: int64 [n], the records that are in the arena.
+    """
+    groups = identity.groups
+    least = header_bytes(groups)
+    at = there[sizes[there] >= least]
+    raw = arena[offsets[at, None] + np.arange(least)]
+    h = np.ascontiguousarray(raw[:, :FIXED_BYTES]).view(_HEADER)[:, 0]
+    table = np.ascontiguousarray(raw[:, FIXED_BYTES:]).view("<u4").reshape(len(at), groups, 2).astype(np.int64)
+    wanted = {
+        "magic": MAGIC, "version": VERSION, "flags": 0, "total": sizes[at], "tokens": counts[at], "exact": 0,
+        "header": least, "profile": identity.profile, "point": identity.point, "artifact": identity.artifact,
+        "rank": identity.rank, "groups": groups,
+    }  # fmt: skip
+    fits = (least + table[:, :, 0].sum(axis=1) == sizes[at]) & (h["first"].astype(np.int64) + counts[at] <= 2**31)
+    for name, value in wanted.items():
+        fits &= h[name] == value
+    fits &= np.isin(h["profile"], list(PROFILE_NAMES)) & (counts[at] >= 1) & (counts[at] <= MAX_BLOCK_TOKENS)
+    rows = raw.copy()
+    rows[:, CRC_OFFSET:FIXED_BYTES] = 0
+    fits[fits] = (_checksums(rows[fits]) == raw[fits, CRC_OFFSET:FIXED_BYTES]).all(axis=1)
+    at, h, table = at[fits], h[fits], table[fits]
+    batch.status[at] = SOUND
+    # Per token of all records: its own, and whether its record is one of these.
+    start = np.zeros(len(counts), dtype=np.int64)
+    start[at] = h["first"]
+    first = np.cumsum(counts, dtype=np.int64) - counts
+    token = np.arange(len(batch.positions)) - np.repeat(first, counts)
+    batch.positions[:] = np.where(np.repeat(batch.status == SOUND, counts), np.repeat(start, counts) + token, 0)
+    ends = np.cumsum(table[:, :, 0], axis=1)
+    batch.sections[at, :, 0] = (offsets[at] + least)[:, None] + ends - table[:, :, 0]
+    batch.sections[at, :, 1], batch.crc[at] = table[:, :, 0], table[:, :, 1]
+    return at

@@ -11,6 +11,7 @@ once per chunk while encoding, to learn the records' sizes, and never while deco
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,10 +100,8 @@ class PagedCodec:
         from dynamo_kvtc.codec.paged_encode import Encoder
 
         _check_cache(artifact, cache)
-        try:
-            import triton  # noqa: F401
-        except ImportError as exc:
-            raise MissingDependencyError("the GPU path needs triton: pip install dynamo-kvtc[gpu]") from exc
+        if importlib.util.find_spec("triton") is None:
+            raise MissingDependencyError("the GPU path needs triton: pip install dynamo-kvtc[gpu]")
         self.artifact = artifact
         self.cache = cache
         self.policy = policy or ExactPolicy()
@@ -142,7 +141,7 @@ class PagedCodec:
         """Bytes of workspace on the device, for encoding and decoding."""
         return self._encoder.nbytes + self._decoder.nbytes
 
-    def encode(self, blocks: Blocks, arena: Tensor, at: int = 0):  # noqa: ANN201
+    def encode(self, blocks: Blocks, arena: Tensor, at: int = 0):
         """Records of blocks into ``arena`` from byte ``at`` on: ``paged_encode.Encoded``.
 
         arena: uint8 [bytes], pinned host memory (any memory on a CPU). Raises ConfigError if positions are missing or
@@ -158,7 +157,7 @@ class PagedCodec:
         self._check(blocks, arena, written=False)
         return self._encoder.encode(blocks, arena, at)
 
-    def decode(self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks):  # noqa: ANN201
+    def decode(self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks):
         """Records back into the pages at ``blocks.slots``: ``paged_decode.Restore``, with an event per layer group.
 
         offsets, sizes: int64 [B], the records' bytes in the arena. A record that is damaged, or another codec's, is

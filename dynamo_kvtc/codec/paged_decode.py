@@ -39,9 +39,9 @@ _RING = 3
 class Restore:
     """Blocks on their way into the pages.
 
-    events: one per layer group, recorded when its layers of all sound blocks are in the pages (None on a CPU). Attention
-    on them may start then, if ``finish`` (which waits for all) finds no block it needs unsound; a block that is not sound
-    has no page written by the layer group that found it so, or by later ones.
+    events: one per layer group, recorded when its layers of all sound blocks are in the pages (None on a CPU).
+    Attention on them may start then, if ``finish`` (which waits for all) finds no block it needs unsound; a block that
+    is not sound has no page written by the layer group that found it so, or by later ones.
     """
 
     events: list[Any]

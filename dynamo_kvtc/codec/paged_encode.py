@@ -191,8 +191,9 @@ class Encoder:
             offsets = ((parameters // 16).to(torch.int8) - 8) * 2
             lengths = self._lengths[turn, g, : n * self._lanes]
             rans.encode_lanes_device(
-                self._symbols[g][:n, : group.rank], group.classes, codec.point.tables, self._words[turn][g][: len(lengths)],
-                lengths, offsets=offsets, skip=skip, first=group.leading, lanes_per_token=self._lanes,
+                self._symbols[g][:n, : group.rank], group.classes, codec.point.tables,
+                self._words[turn][g][: len(lengths)], lengths, offsets=offsets, skip=skip,
+                first=group.leading, lanes_per_token=self._lanes,
             )  # fmt: skip
             lanes.measure(
                 lengths, skip, sent["first"], sent["counts"], self._measured[turn, g, : len(counts)], self._lanes, most

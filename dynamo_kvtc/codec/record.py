@@ -149,7 +149,7 @@ def parse_record(data: bytes | memoryview) -> Record:
     if header_size > total:
         raise RecordTruncatedError(f"the header alone needs {header_size} bytes; the record has {total}")
     header = bytearray(view[:header_size])
-    header[CRC_OFFSET : FIXED_BYTES] = b"\0\0\0\0"
+    header[CRC_OFFSET:FIXED_BYTES] = b"\0\0\0\0"
     found = crc32(header)
     if found != checksum:
         raise RecordCorruptError(f"header checksum {found:#010x}, the record says {checksum:#010x}")

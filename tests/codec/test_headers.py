@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dynamo_kvtc.codec.headers import BAD_HEADER, MISMATCH, SOUND, Identity, header_bytes_of, read_headers, write_headers
+from dynamo_kvtc.codec.headers import (
+    BAD_HEADER,
+    MISMATCH,
+    SOUND,
+    Identity,
+    header_bytes_of,
+    read_headers,
+    write_headers,
+)
 from dynamo_kvtc.codec.record import RecordHeader, build_record, parse_record
 from dynamo_kvtc.errors import ConfigError, RecordError
 from dynamo_kvtc.ops.checksum import crc32
@@ -108,8 +116,8 @@ def test_resigned_forgeries_get_the_verdict_that_one_record_gets():
             except RecordError:
                 assert batch.status[0] == BAD_HEADER, at
                 continue
-            same = (header.profile, header.point, header.artifact, header.rank) == (
-                OURS.profile, OURS.point, OURS.artifact, OURS.rank,
+            same = (header.profile, header.point, header.artifact, header.rank, header.tokens) == (
+                OURS.profile, OURS.point, OURS.artifact, OURS.rank, parts[0][b],
             )  # fmt: skip
             assert batch.status[0] == (SOUND if same else MISMATCH), at
             if same:
@@ -131,13 +139,34 @@ def test_records_that_are_not_in_the_arena_are_bad():
     assert len(read_headers(arena, none, none, np.zeros(0, np.int32), OURS).status) == 0
 
 
-def test_another_number_of_tokens_than_expected_is_bad():
+def test_a_sound_record_of_another_codec_is_a_mismatch():
+    """With exact tokens and gaps and without; of fewer and more layer groups."""
+    generator = np.random.default_rng(fresh_seed())
+    parts = case(generator, 12)
+    counts, positions, exact, sections = parts
+    records = records_of(*parts)
+    for b, (p, e, s) in enumerate(zip(positions, exact, sections, strict=True)):
+        own = [OURS.profile, OURS.point, OURS.artifact, OURS.rank]
+        if b % 6 < 4:
+            own[b % 6] = 1 if b % 6 == 0 else int(generator.integers(10, 99))
+        else:
+            s = s[:1] if b % 6 == 4 else [*s, b"", b"more"]
+        records[b] = build_record(RecordHeader(*own, p, e), s)
+        parse_record(records[b])
+    arena, offsets, sizes = in_arena(records, generator)
+    batch = read_headers(arena, offsets, sizes, counts, OURS)
+    assert (batch.status == MISMATCH).all()
+    for found in (batch.exact, batch.positions, batch.sections, batch.crc):
+        assert not found.any()
+
+
+def test_another_number_of_tokens_than_expected_is_a_mismatch():
     generator = np.random.default_rng(fresh_seed())
     parts = case(generator, 3)
     arena, offsets, sizes = in_arena(records_of(*parts), generator)
     counts = parts[0].copy()
     counts[1] += 1
-    assert read_headers(arena, offsets, sizes, counts, OURS).status.tolist() == [SOUND, BAD_HEADER, SOUND]
+    assert read_headers(arena, offsets, sizes, counts, OURS).status.tolist() == [SOUND, MISMATCH, SOUND]
 
 
 def test_what_a_record_cannot_hold_is_refused():

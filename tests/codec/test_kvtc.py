@@ -27,7 +27,7 @@ POINTS = (("fine", 0.1), ("coarse", 0.25), ("rough", 2.0))
 def artifact() -> Artifact:
     """Of 384 and 768 channels: rounding errors can be kept orthogonal to the components there are."""
     shape = KVShape(3, 3, 64, "float32")
-    return make_artifact(shape, groups=((0, 1), (1, 3)), components=24, points=POINTS, seed=fresh_seed())[2]
+    return make_artifact(shape, groups=((0, 1), (1, 3)), components=64, points=POINTS, seed=fresh_seed())[2]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_symbols_are_what_the_format_says_in_plain_integers(artifact, point):
         for j, q in enumerate(found):
             column = tensor["wide" if j < width else "narrow"][:, j].tolist()
             c = sum(a * b for a, b in zip(clipped, column, strict=True))
-            unit = 2**10 if j < width else scales[j] * 2 ** (25 - exponent)
+            unit = 2**11 if j < width else scales[j] * 2 ** (25 - exponent)
             g_times_256 = 256 if j < LEADING else round(2 ** ((lane % 16 - 4) / 4) * 256)
             rounding = int(own["rounding"][classes[j]])
             wanted = (abs(c) * unit * g_times_256 + rounding * 2**18) >> 38
@@ -320,21 +320,22 @@ def test_tensors_of_an_unusable_kind_are_named(artifact):
         ("rank0.group1.reach", torch.full((768,), float("nan")), "layer group 1"),
         ("rank0.group1.reach", torch.full((768,), -1.0), "layer group 1"),
         ("rank0.group1.wide", torch.zeros(768, 3, dtype=torch.int16), "layer group 1: 6 leading .* 3 stored wide"),
-        ("rank0.group1.wide", torch.full((768, 30), 32767, dtype=torch.int16), "the basis is too large"),
-        ("rank0.group1.narrow", torch.zeros(768, 24), "float32"),
-        ("rank0.group1.narrow", torch.zeros(768, 3, dtype=torch.int8), r"\(24,\)"),
-        ("rank0.group1.scale", torch.zeros(24, dtype=torch.uint8), "scale is out of range"),
+        ("rank0.group1.wide", torch.full((768, 64), 32767, dtype=torch.int16), "the basis is too large"),
+        ("rank0.group1.narrow", torch.zeros(768, 64), "float32"),
+        ("rank0.group1.narrow", torch.zeros(768, 3, dtype=torch.int8), r"\(64,\)"),
+        ("rank0.group1.scale", torch.zeros(64, dtype=torch.uint8), "scale is out of range"),
         ("rank0.group1.exponent", 26 * one, "exponent 26"),
         ("rank0.group1.exponent", -one, "exponent -1"),
         ("rank0.group1.exponent", 0 * one, "the basis is too large"),
         ("rank0.group0.point0.wide", 5 * one, "6 leading and 5 wide components"),
         ("rank0.group0.point0.wide", (rank + 1) * one, f"{rank + 1} wide components of {rank}"),
         ("rank0.group0.point0.wide", -one, "-1 wide"),
+        ("rank0.group0.point0.wide", 47 * one, f"47 wide components of {rank}; allowed are multiples of 16"),
         ("rank0.point0.shift", torch.full((CLASSES,), 13, dtype=torch.uint8), "operating point 0: shift"),
         ("rank0.point0.rounding", torch.full((CLASSES,), 2**20, dtype=torch.int32), "operating point 0: roundings"),
         ("rank0.point0.centroid", torch.full((CLASSES,), float("nan")), "operating point 0: roundings"),
         ("rank0.point0.activity", torch.full((CLASSES,), -1, dtype=torch.int32), "operating point 0: activity"),
-        ("rank0.group0.point0.importance", torch.zeros(2, 25, dtype=torch.int32), "layer group 0: 25 leading"),
+        ("rank0.group0.point0.importance", torch.zeros(2, 65, dtype=torch.int32), "layer group 0: 65 leading"),
         ("rank0.group1.point0.thresholds", torch.arange(15).flip(0), "layer group 1: thresholds"),
         ("rank0.group1.point0.thresholds", torch.arange(16), r"\(16,\)"),
         ("rank0.group1.mean", torch.zeros(127), r"\(127,\)"),

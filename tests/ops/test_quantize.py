@@ -54,13 +54,18 @@ def test_agrees_with_fractions_on_random_numbers(fine):
     generator = np.random.default_rng(fresh_seed())
     rounding = generator.integers(0, ONE, 23).tolist()
     units = generator.integers(1, 2 ** generator.integers(1, 22, 23)).tolist()
+    units[0] = 2**21
     limits = [TOP if j % 3 == 0 else int(generator.integers(0, 64)) for j in range(23)]
     fineness = generator.permutation(np.arange(52) % 13)
     gains = [GAINS[e] if fine else Fraction(1) for e in fineness]
     scale = 2.0 ** generator.uniform(0, 31, (52, 23))
     coefficients = np.round(generator.uniform(-1, 1, (52, 23)) * scale).astype(np.int64)
+    # Whatever the units are, one token overflows and one does not.
+    coefficients[0] = 0
+    coefficients[1] >>= 21
+    coefficients[0, 0] = 2**31
     # Some right at an edge: the least coefficient of a symbol, and the one below it.
-    for t, j in zip(range(52), generator.integers(0, 23, 52), strict=True):
+    for t, j in zip(range(1, 52), generator.integers(0, 23, 51), strict=True):
         edge = math.ceil((int(generator.integers(1, 5)) - Fraction(rounding[j], ONE)) * STEP / units[j] / gains[t])
         coefficients[t, j] = min(edge - t % 2, 2**31) * (-1) ** (t // 2)
     symbols, overflow = run(coefficients, units, rounding, limits, fineness if fine else None)

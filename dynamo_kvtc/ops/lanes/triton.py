@@ -29,7 +29,7 @@ def _measure(lengths, skip, first, counts, out, S: tl.constexpr, LANES: tl.const
 @triton.jit
 def _write(lengths, skip, first, counts, parameters, base, target, word_at, S: tl.constexpr, LANES: tl.constexpr,
            TOKENS: tl.constexpr):  # fmt: skip
-    """Head, lengths and parameters of each block's payload at byte base[block] of target; where each lane's words go."""
+    """Head, lengths and parameters of a block's payload at byte base[block] of target; where each lane's words go."""
     block = tl.program_id(0)
     begin = tl.load(first + block)
     count = tl.load(counts + block)

@@ -137,10 +137,7 @@ def head_columns(head_dim: int, pairs: int, interleaved: bool) -> Tensor:
     width = 1 << max(1, (head_dim - 1).bit_length())
     out = torch.full((width,), -1, dtype=torch.int64)
     for i in range((head_dim + 1) // 2):
-        if i < pairs:
-            dims = (2 * i, 2 * i + 1) if interleaved else (i, i + pairs)
-        else:
-            dims = (2 * i, 2 * i + 1)
+        dims = (i, i + pairs) if i < pairs and not interleaved else (2 * i, 2 * i + 1)
         out[2 * i] = dims[0]
         if dims[1] < head_dim:
             out[2 * i + 1] = dims[1]
@@ -161,7 +158,9 @@ def synthesis_operands(
         return torch.where(there.reshape(-1, *[1] * (x.dim() - 1)), x[index.clamp(min=0)], 0)
 
     full = (rows(wide).float() * 2.0**-BASIS_BITS).half()
-    front = torch.zeros(len(full), 1 << (max(leading, MIN_FRONT) - 1).bit_length(), dtype=torch.half, device=wide.device)
+    front = torch.zeros(
+        len(full), 1 << (max(leading, MIN_FRONT) - 1).bit_length(), dtype=torch.half, device=wide.device
+    )
     front[:, :leading] = full[:, :leading]
     full[:, :leading] = 0
     return Synthesis(

@@ -79,9 +79,9 @@ def analyse(low: Tensor, high: Tensor, b_low: Tensor, b_high: Tensor, out: Tenso
 
 @triton.jit
 def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_narrow, k_wide, stride_narrow,
-                stride_wide, stride_bn, stride_bw, stride_bf, narrow_unit, shrink, parameters,
-                synthesis, mean, cos, sin, addresses, slots, keep, first_layer, layers, heads, block_tokens, stride_block,
-                stride_head, stride_token, programs, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
+                stride_wide, stride_bn, stride_bw, stride_bf, narrow_unit, shrink, parameters, synthesis, mean, cos,
+                sin, addresses, slots, keep, first_layer, layers, heads, block_tokens, stride_block, stride_head,
+                stride_token, programs, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
                 INTERLEAVED: tl.constexpr, scaling, top, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                 BK: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr, ITEM: tl.constexpr,
                 DTYPE: tl.constexpr):  # fmt: skip

@@ -47,13 +47,18 @@ class Quantiser:
         levels = torch.arange(quantize.FINENESS_LEVELS)
         gains[: len(levels)] = (quantize.gains(levels, torch.float64) * 2**8).to(torch.int32)
         pad = torch.zeros(rank, dtype=torch.int32)
-        on = [
+        on = (
             units.int(), rounding.int(), limits.int(), torch.cat([below, pad[width:]]),
             torch.cat([pad[:width] + 1, scale.int()]), torch.cat([pad[:width], level_bias.int()]),
             torch.cat([pad[:leading], activity.int()]), importance.int().contiguous(), thresholds.long(), gains,
             torch.tensor([mean_error], dtype=torch.float64),
-        ]  # fmt: skip
-        return cls(*(x.to(device) for x in on), bias, width, leading)
+        )  # fmt: skip
+        names = (
+            "units", "rounding", "limits", "below", "scale", "level_bias", "activity", "importance", "thresholds",
+            "gains", "mean_error",
+        )  # fmt: skip
+        tensors = {name: x.to(device) for name, x in zip(names, on, strict=True)}
+        return cls(bias=bias, width=width, leading=leading, **tensors)
 
 
 def quantise_device(
@@ -62,10 +67,10 @@ def quantise_device(
 ) -> None:  # fmt: skip
     """Symbols, parameters and errors of tokens, as the reference's functions make them one after another.
 
-    coefficients: int32 [T, R]; energy: int64 [T]; saturated: uint8 or int32 [T], not 0 for a token that cannot be coded.
-    Out: symbols int16 [T, R], any row stride; parameters uint8 [T], fineness + 16 * table choice; error float64 [T] as a
-    multiple of the calibrated mean, infinite for a token that cannot be coded (saturated, an energy over ENERGY_MAX, a
-    wide symbol over SYMBOL_MAX).
+    coefficients: int32 [T, R]; energy: int64 [T]; saturated: uint8 or int32 [T], not 0 for a token that cannot be
+    coded. Out: symbols int16 [T, R], any row stride; parameters uint8 [T], fineness + 16 * table choice; error float64
+    [T] as a multiple of the calibrated mean, infinite for a token that cannot be coded (saturated, an energy over
+    ENERGY_MAX, a wide symbol over SYMBOL_MAX).
     """
     tokens, rank = coefficients.shape
     for name, x, dtypes, shape in (

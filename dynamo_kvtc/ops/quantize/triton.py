@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,9 +21,9 @@ def _symbols(c, j, mask, gain, units, rounding, limits, BITS: tl.constexpr, ROUN
 
 
 @triton.jit
-def _quantise(coefficients, stride_c, energies, saturated, units, rounding, limits, below, scale, level_bias, importance,
-              bias, activity, thresholds, gains, mean_error, symbols, stride_s, parameters, errors, rank, width, leading,
-              F: tl.constexpr, BC: tl.constexpr, BITS: tl.constexpr, ROUND_SHIFT: tl.constexpr,
+def _quantise(coefficients, stride_c, energies, saturated, units, rounding, limits, below, scale, level_bias,
+              importance, bias, activity, thresholds, gains, mean_error, symbols, stride_s, parameters, errors, rank,
+              width, leading, F: tl.constexpr, BC: tl.constexpr, BITS: tl.constexpr, ROUND_SHIFT: tl.constexpr,
               ERROR_SHIFT: tl.constexpr, ERROR_BITS: tl.constexpr, ENERGY_SHIFT: tl.constexpr, GAIN_BITS: tl.constexpr,
               SYMBOL_MAX: tl.constexpr, LEVEL_MAX: tl.constexpr, CLIP: tl.constexpr, SCORE_BITS: tl.constexpr,
               LEVELS: tl.constexpr, ENERGY_MAX: tl.constexpr, CHOICES: tl.constexpr):  # fmt: skip
