@@ -214,8 +214,7 @@ def _floors(
     rank = sum(g.rank for g in groups)
     inputs = sum(g.channels + g.wide_inputs for g in groups)
     return {
-        "decode project": narrow / ops8 + wide16 / ops16, "decode copy": len(groups) * coded / rates["h2d_bytes_s"],
-        "decode checksum": coded / memory, "decode rANS": (coded + tokens * rank) / memory,
+        "decode project": narrow / ops8 + wide16 / ops16, "decode checksum": coded / memory, "decode rANS": (coded + tokens * rank) / memory,
         "encode gather": (raw + tokens * inputs) / memory, "encode project": (narrow + high + wide8) / ops8,
         "encode quantise": tokens * rank * (4 + 2) / memory, "encode rANS": (2 * tokens * rank + coded) / memory,
         "encode pack": 2 * coded / memory, "encode copy": coded / rates["d2h_bytes_s"],

@@ -66,26 +66,30 @@ def stage_table(row: Row) -> Table:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Stacked bars of the stages beside the raw copy, a pair of bars per row and direction. Raises ConfigError."""
+    """Stacked bars of the stages and the host's time as shares of the raw copy's. Raises ConfigError."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--plot {path}: the ending must be one of .png, .svg, .pdf")
-    figure = _matplotlib("figure").Figure(figsize=(3.2 + 2.4 * len(rows), 4.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=False)
+    figure = _matplotlib("figure").Figure(figsize=(4.0 + 2.2 * len(rows), 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for panel, direction, raw in zip(panels, ("decode", "encode"), ("raw_h2d_s", "raw_d2h_s"), strict=True):
-        labels = []
+        seen: set[str] = set()
         for i, row in enumerate(rows):
-            panel.bar(2.6 * i, 1e3 * row[raw], color="#BBBBBB", label="raw copy over PCIe" if i == 0 else None)
+            parts = [(name, seconds) for of, name, seconds, _ in stages(row) if of == direction]
+            parts.append(("host, launches", max(0.0, row[f"{direction}_s"] - sum(s for _, s in parts))))
             bottom = 0.0
-            for of, name, seconds, _ in stages(row):
-                if of == direction:
-                    panel.bar(2.6 * i + 1, 1e3 * seconds, bottom=bottom, color=_COLOURS.get(name, "#444444"),
-                              label=name if i == 0 else None)  # fmt: skip
-                    bottom += 1e3 * seconds
-            labels.append(f"{row['shape']}\n{row['tokens']} tokens, {row['ratio']:g}x")
-        panel.set_xticks([2.6 * i + 0.5 for i in range(len(rows))], labels, fontsize=8)
-        panel.set_ylabel("ms")
+            for name, seconds in parts:
+                height = seconds / row[raw]
+                label = None if name in seen else name
+                panel.bar(i, height, 0.6, bottom=bottom, color=_COLOURS.get(name, "#BBBBBB"), label=label)
+                seen.add(name)
+                bottom += height
+            panel.text(i, bottom + 0.02, f"{_ms(row[f'{direction}_s'])} ms", ha="center", fontsize=8)
+        panel.axhline(1.0, color="black", linestyle="--", linewidth=1)
+        labels = [f"{row['shape']}\n{row['tokens']:,} tokens, {row['ratio']:g}x" for row in rows]
+        panel.set_xticks(range(len(rows)), labels, fontsize=8)
         panel.set_title({"decode": "records to finished cache", "encode": "cache to records"}[direction])
-        panel.legend(fontsize=7)
+    panels[0].set_ylabel("time over the raw copy's (dashed)")
+    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     try:
         figure.savefig(path, dpi=150)
     except OSError as exc:

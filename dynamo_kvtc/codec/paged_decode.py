@@ -227,7 +227,7 @@ class Decoder:
         if arrived is not None and self._stream is not None:
             codec.mark("decode")
             self._stream.wait_event(arrived)
-            codec.mark("copy")
+            codec.mark("wait for copy")
         own_status = status[own]
         n, blocks_here = len(plan.arrays["slots"]), len(counts)
         crc = self._crc[:blocks_here]
