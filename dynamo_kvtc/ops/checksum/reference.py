@@ -22,8 +22,8 @@ ORDER = 2**32 - 1
 ONE = 0x80000000
 
 
-def crc32(data: bytes | bytearray | memoryview) -> int:
-    return zlib.crc32(data)
+crc32 = zlib.crc32
+"""The checksum of bytes, 0 to 2**32 - 1."""
 
 
 def copy_ranges(
