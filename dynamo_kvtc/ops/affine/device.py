@@ -64,8 +64,8 @@ def squared_errors_device(values: Tensor, levels: Tensor, plan: Plan, kept: Tens
     """Per token, in input units squared: kept float64 [T], the energy of exact coefficients, and lost float64 [T],
     that of what quantising them loses.
 
-    values: float64 [T, n] as for ``encode_device``; levels: float32 [T, n] from ``decode_device``; both contiguous. Each
-    term is what float64 on a CPU gives; the order of a sum is the device's.
+    values: float64 [T, n] as for ``encode_device``; levels: float32 [T, n] from ``decode_device``; both contiguous.
+    Each term is what float64 on a CPU gives; the order of a sum is the device's.
     """
     for name, x, dtype in (("values", values, torch.float64), ("levels", levels, torch.float32)):
         _shape(name, x, dtype, (-1, plan.columns), plan)

@@ -91,7 +91,7 @@ def analyse_device(low: Tensor, high: Tensor, basis: Analysis, out: Tensor) -> N
 
 @dataclass(frozen=True)
 class WideAnalysis:
-    """Operands for ``analyse_wide_device``, of R components of P channels, which are columns ``offset`` on of its inputs.
+    """Operands for ``analyse_wide_device``: R components of P channels, columns ``offset`` on of its inputs.
 
     limbs: int8 [2R, offset + P], rows aligned: the components' high limbs, then their low ones; zeros before offset.
     sign: int32 [R], -1 for a component that is kept negated.
@@ -106,11 +106,15 @@ class WideAnalysis:
         """basis: int16 [P, R], on the device to be used. Raises ConfigError if a product's sums could leave 32 bits, or
         a column has entries beyond 32,639 of both signs, which no orthonormal basis has."""
         if len(basis) > MAX_LIMB_SUM:
-            raise ConfigError(f"{len(basis)} channels; exact sums of limbs take at most {MAX_LIMB_SUM}: more layer groups")
+            raise ConfigError(
+                f"{len(basis)} channels; exact sums of limbs take at most {MAX_LIMB_SUM}: more layer groups"
+            )
         # High limbs go down to -128 but up to 127 only: a column with an entry next to 32,768 is kept negated.
         negated = (basis > LIMBS_MAX).any(dim=0)
         if bool((negated & (basis < -LIMBS_MAX).any(dim=0)).any()):
-            raise ConfigError(f"a component has weights beyond {LIMBS_MAX} of both signs; none of an orthonormal basis has")
+            raise ConfigError(
+                f"a component has weights beyond {LIMBS_MAX} of both signs; none of an orthonormal basis has"
+            )
         sign = 1 - 2 * negated.to(torch.int32)
         both = torch.zeros(2 * basis.shape[1], offset + len(basis), dtype=torch.int8, device=basis.device)
         for i, limb in enumerate(limbs((basis * sign.to(torch.int16)).T)):
@@ -237,7 +241,9 @@ def synthesis_operands(
         return torch.where(there.reshape(-1, *[1] * (x.dim() - 1)), x[index.clamp(min=0)], 0)
 
     full = (rows(wide).float() * 2.0**-15).half()
-    front = torch.zeros(len(full), 1 << (max(leading, MIN_FRONT) - 1).bit_length(), dtype=torch.half, device=wide.device)
+    front = torch.zeros(
+        len(full), 1 << (max(leading, MIN_FRONT) - 1).bit_length(), dtype=torch.half, device=wide.device
+    )
     front[:, :leading] = full[:, :leading]
     full[:, :leading] = 0
     return Synthesis(
