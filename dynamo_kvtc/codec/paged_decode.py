@@ -105,12 +105,13 @@ class Decoder(ABC):
         return workspace_bytes(self, self._device) + self._mailbox.nbytes
 
     @abstractmethod
-    def _arrays(self, g: int, coded: Coded) -> dict[str, NDArray]:
-        """What the methods below need of each block, to be sent to the device."""
+    def _arrays(self, g: int, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
+        """What the methods below need of each block, to be sent to the device; and int64 [B], where each section starts
+        in what ``_receive`` returns, even numbers."""
 
     @abstractmethod
-    def _receive(self, ring: Tensor, sent: dict[str, Tensor], crc: Tensor, most: int) -> None:
-        """Checksums of sections, of up to ``most`` bytes, into crc int32 [B]."""
+    def _receive(self, ring: Tensor, sent: dict[str, Tensor], crc: Tensor, most: int) -> Tensor:
+        """Checksums of sections, of up to ``most`` bytes, into crc int32 [B]; returns the memory to read them from."""
 
     @abstractmethod
     def _coded(self, g: int, ring: Tensor, sent: dict[str, Tensor], status: Tensor, n: int, most: int) -> None:
@@ -200,13 +201,14 @@ class Decoder(ABC):
         short = sound & (section < bytes_exact)
         slots = blocks.slots[chunk.tokens].numpy()
         index = np.arange(len(kept)) - np.repeat(np.cumsum(exact_of) - exact_of, exact_of)
+        more, base = self._arrays(g, Coded(sound, where, section, bytes_exact, per_block, short))
         arrays = {
             "where": where, "section": section, "crc": batch.crc[own, g].view(np.int32),
             "first": (np.cumsum(per_block) - per_block).astype(np.int32), "counts": per_block,
             "block_of": block_of[coded], "slots": slots[coded], "positions": batch.positions[chunk.tokens][coded],
-            "exact_block": block_of[kept], "exact_slots": slots[kept], "exact_base": where[block_of[kept]],
+            "exact_block": block_of[kept], "exact_slots": slots[kept], "exact_base": base[block_of[kept]],
             "index": index.astype(np.int32), "count": exact_of[block_of[kept]].astype(np.int32),
-            **self._arrays(g, Coded(sound, where, section, bytes_exact, per_block, short)),
+            **more,
         }  # fmt: skip
         with torch.cuda.stream(self._copies) if self._copies is not None else nullcontext():
             if self._copies is not None:
@@ -221,15 +223,12 @@ class Decoder(ABC):
         own_status = status[own]
         n, blocks_here = int(coded.sum()), len(counts)
         crc = self._crc[:blocks_here]
-        self._receive(ring, sent, crc, int(section.max(initial=0)))
+        source = self._receive(ring, sent, crc, int(section.max(initial=0)))
         lanes.verify(crc, sent["crc"], own_status)
         self._coded(g, ring, sent, own_status, n, int(per_block.max(initial=0)))
         if len(kept):
             chosen = self._exact_slots[: len(kept)]
             lanes.select(own_status, sent["exact_block"], sent["exact_slots"], self._keep[: len(kept)], chosen)
-            scatter_exact(
-                codec.cache, layers, chosen, sent["exact_base"], sent["index"], sent["count"],
-                ring,
-            )  # fmt: skip
+            scatter_exact(codec.cache, layers, chosen, sent["exact_base"], sent["index"], sent["count"], source)
         if self._cuda:
             self._free[turn].record()

@@ -116,14 +116,13 @@ class KvtcDecoder(Decoder):
         self._parameters = torch.empty(t, dtype=torch.uint8, device=device)
         self._offsets = torch.empty(t, dtype=torch.int8, device=device)
 
-    def _arrays(self, g: int, coded: Coded) -> dict[str, NDArray]:
-        return {
-            "payload": coded.where + coded.exact,
-            "room": np.where(coded.short, 1, coded.section - coded.exact),
-        }
+    def _arrays(self, g: int, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
+        room = np.where(coded.short, 1, coded.section - coded.exact)
+        return {"payload": coded.where + coded.exact, "room": room}, coded.where
 
-    def _receive(self, ring: Tensor, sent: dict[str, Tensor], crc: Tensor, most: int) -> None:
+    def _receive(self, ring: Tensor, sent: dict[str, Tensor], crc: Tensor, most: int) -> Tensor:
         copy_ranges_device(ring, sent["where"], sent["section"], None, None, crc, most)
+        return ring
 
     def _coded(self, g: int, ring: Tensor, sent: dict[str, Tensor], status: Tensor, n: int, most: int) -> None:
         codec, point, split, group = self._codec, self._point, self._lanes, self._point.groups[g]

@@ -190,22 +190,24 @@ class PaperDecoder(Decoder):
         self._parameters = torch.zeros(t, dtype=torch.uint8, device=device)
         self._ones = torch.ones(16, device=device)
 
-    def _arrays(self, g: int, coded: Coded) -> dict[str, NDArray]:
-        # A section starts where its payload, behind the exact tokens, is aligned.
+    def _arrays(self, g: int, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
+        # In a record a section may start at any byte; here, where its payload, behind the exact tokens, is aligned.
         lead = np.where(coded.sound, -coded.exact % ALIGNMENT, 0)
         span = -(-(lead + coded.section) // ALIGNMENT) * ALIGNMENT
         start = ALIGNMENT + np.cumsum(span) - span + lead
         payload = coded.section - coded.exact
         wrong = coded.short | (coded.sound & ((payload > 0) != (coded.counts > 0)))
         starts = np.concatenate([[0], np.cumsum(coded.counts)]).astype(np.int64)
-        return {
+        arrays = {
             "start": start, "payload": np.where(wrong, 0, start + coded.exact),
             "payload_bytes": np.where(wrong, len(_EMPTY_STREAM), payload),
             "wrong": np.where(wrong, lanes.BAD_DIRECTORY, lanes.SOUND).astype(np.int32), "tokens": starts,
         }  # fmt: skip
+        return arrays, start
 
-    def _receive(self, ring: Tensor, sent: dict[str, Tensor], crc: Tensor, most: int) -> None:
+    def _receive(self, ring: Tensor, sent: dict[str, Tensor], crc: Tensor, most: int) -> Tensor:
         copy_ranges_device(ring, sent["where"], sent["section"], self._aligned, sent["start"], crc, most)
+        return self._aligned
 
     def _coded(self, g: int, ring: Tensor, sent: dict[str, Tensor], status: Tensor, n: int, most: int) -> None:
         codec, group = self._codec, self._point.groups[g]
@@ -230,7 +232,9 @@ class PaperDecoder(Decoder):
         good = self._good[:, :n]
         for i, (part, own) in enumerate(parts):
             affine.valid_device(own, part.plan, good[i])
-        lanes.blame((~good.all(dim=0)).to(torch.int32), sent["block_of"], status, 1)
+        # Tokens of blocks that were found bad before are whatever was there, and their status stays.
+        bad = ~good.all(dim=0) & (status.index_select(0, sent["block_of"]) == 0)
+        lanes.blame(bad.to(torch.int32), sent["block_of"], status, 1)
         keep, chosen = self._keep[:n], self._chosen[:n]
         lanes.select(status, sent["block_of"], sent["slots"], keep, chosen)
         cos, sin = codec.rotations.at(sent["positions"])
