@@ -15,6 +15,7 @@ to learn the records' sizes, and never while decoding. Memory is taken once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -116,10 +117,8 @@ class PagedCodec:
         _check_cache(artifact, cache)
         if deflate not in CODERS:
             raise ConfigError(f"deflate is {deflate!r}; records are coded by one of {', '.join(CODERS)}")
-        try:
-            import triton  # noqa: F401
-        except ImportError as exc:
-            raise MissingDependencyError("the GPU path needs triton: pip install dynamo-kvtc[gpu]") from exc
+        if find_spec("triton") is None:
+            raise MissingDependencyError("the GPU path needs triton: pip install dynamo-kvtc[gpu]")
         self.artifact = artifact
         self.cache = cache
         self.policy = policy or ExactPolicy()

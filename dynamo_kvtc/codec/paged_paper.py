@@ -217,7 +217,7 @@ class PaperDecoder(Decoder):
         blocks, width, starts = len(status), group.width, sent["tokens"]
         # What its checksum or its size gives away is never shown to nvCOMP, which promises nothing about such bytes.
         wanted = (sent["counts"] > 0) & (status == 0)
-        room = (starts[1:] - starts[:-1]).clamp(min=1) * width
+        room = ((starts[1:] - starts[:-1]) * width).clamp(min=1)
         found, inflated = self._found[:blocks], self._status[:blocks]
         self._inflate.decode(
             self._aligned, torch.where(wanted, sent["payload"], 0),

@@ -120,7 +120,7 @@ def close(found, wanted):
 
 
 SHAPES = [
-    (KVShape(2, 1, 64, "bfloat16"), 16, ((0, 1), (1, 2)), False),
+    (KVShape(2, 1, 32, "bfloat16"), 16, ((0, 1), (1, 2)), False),
     (KVShape(2, 3, 20, "float16"), 17, ((0, 2),), True),
     (KVShape(1, 1, 128, "float32"), 15, ((0, 1),), False),
     (KVShape(3, 1, 20, "float32"), 18, ((0, 2), (2, 3)), True),
@@ -157,9 +157,9 @@ def test_records_hold_the_cpus_bytes_and_each_reads_the_others(kernel_device, sh
 
 
 def test_exact_tokens_of_every_reason_and_blocks_without_codes(kernel_device):
-    case = Case(kernel_device, KVShape(2, 1, 36, "bfloat16"), 40, ((0, 1), (1, 2)), policy=ExactPolicy(0, 0, 40.0))
+    case = Case(kernel_device, KVShape(2, 1, 20, "bfloat16"), 40, ((0, 1), (1, 2)), policy=ExactPolicy(0, 0, 40.0))
     k, v = case.k.clone(), case.v.clone()
-    k[1, 0, 21, 3], v[0, 0, 5, 30], v[1, 0, 30] = float("nan"), float("-inf"), 3e4
+    k[1, 0, 21, 3], v[0, 0, 5, 19], v[1, 0, 30] = float("nan"), float("-inf"), 3e4
     case.fill(k, v)
     asked = torch.zeros(40, dtype=torch.bool)
     asked[[0, 15, 17]] = True
@@ -196,7 +196,7 @@ def test_blocks_of_any_size(kernel_device):
 
 
 def test_a_damaged_record_is_reported_and_its_neighbours_come_back(kernel_device):
-    case = Case(kernel_device, KVShape(1, 1, 32, "bfloat16"), 40, ((0, 1),))
+    case = Case(kernel_device, KVShape(1, 1, 20, "bfloat16"), 20, ((0, 1),), block_tokens=8)
     arena, encoded = case.encode()
     clean, _ = case.decode(arena, encoded.offsets, encoded.sizes)
     for block in range(3):
@@ -207,14 +207,14 @@ def test_a_damaged_record_is_reported_and_its_neighbours_come_back(kernel_device
         target, status = case.decode(bad, encoded.offsets, encoded.sizes)
         assert status[block] in (BAD_HEADER, MISMATCH, BAD_CHECKSUM)
         assert (np.delete(status, block) == 0).all()
-        own = torch.arange(40) // 16 == block
+        own = torch.arange(20) // 8 == block
         for found, wanted in zip(case.contents(target), case.contents(clean), strict=True):
             assert same_bits(found[:, :, ~own], wanted[:, :, ~own])
             assert bool((found[:, :, own] == POISON).all())
 
 
 def test_payloads_that_lie_are_caught_behind_their_checksum(kernel_device):
-    case = Case(kernel_device, KVShape(1, 1, 32, "bfloat16"), 32, ((0, 1),), policy=ExactPolicy(sinks=0))
+    case = Case(kernel_device, KVShape(1, 1, 20, "bfloat16"), 32, ((0, 1),), policy=ExactPolicy(sinks=0))
     records = [b.record for b in case.reference.encode_blocks(case.k, case.v, case.positions)]
     parsed = parse_record(records[1])
     own = case.reference.profile.groups[0]

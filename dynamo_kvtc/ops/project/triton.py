@@ -144,8 +144,8 @@ def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_nar
                 stride_wide, stride_bn, stride_bw, stride_bf, narrow_unit, shrink, parameters,
                 synthesis, mean, cos, sin, addresses, slots, keep, first_layer, layers, heads, first_head,
                 block_tokens, stride_block, stride_head, stride_token, programs, D: tl.constexpr, HALF: tl.constexpr,
-                PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, scaling, top, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                BK: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr, ITEM: tl.constexpr,
+                PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, scaling, top, ROWS: tl.constexpr, BM: tl.constexpr,
+                BN: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr, ITEM: tl.constexpr,
                 DTYPE: tl.constexpr):  # fmt: skip
     """Channels of whole heads from levels, RoPE applied, into the pages. A tile is ROWS heads of BN / ROWS columns.
 
@@ -243,7 +243,8 @@ def synthesise(
         basis.first_layer, basis.layers, pages.heads, basis.first_head, pages.block_tokens, pages.stride_block,
         pages.stride_head, pages.stride_token, programs, pages.head_dim, (pages.head_dim + 1) // 2, cos.shape[1],
         basis.interleaved, basis.scaling, torch.finfo(pages.dtype).max, bn // basis.head, bm, bn, bk,
-        basis.front.shape[1], _GROUP, pages.alignment, pages.dtype.itemsize, _TL[pages.dtype], num_warps=warps, num_stages=stages,
+        basis.front.shape[1], _GROUP, pages.alignment, pages.dtype.itemsize, _TL[pages.dtype], num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
 
 
