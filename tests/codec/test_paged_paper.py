@@ -29,7 +29,7 @@ PAGE = 8
 class Case:
     """Tokens in pages in random order, and the same as the CPU's codec takes them."""
 
-    def __init__(self, device, shape, tokens, groups, gaps=False, block_tokens=16, point="coarse", policy=None,
+    def __init__(self, device, shape, tokens, groups, gaps=False, block_tokens=4, point="coarse", policy=None,
                  limits=LIMITS):  # fmt: skip
         seed = fresh_seed()
         self.generator = np.random.default_rng(seed)
@@ -120,10 +120,10 @@ def close(found, wanted):
 
 
 SHAPES = [
-    (KVShape(2, 1, 32, "bfloat16"), 16, ((0, 1), (1, 2)), False),
-    (KVShape(2, 3, 20, "float16"), 17, ((0, 2),), True),
-    (KVShape(1, 1, 128, "float32"), 15, ((0, 1),), False),
-    (KVShape(3, 1, 20, "float32"), 18, ((0, 2), (2, 3)), True),
+    (KVShape(2, 1, 32, "bfloat16"), 6, ((0, 1), (1, 2)), False),
+    (KVShape(2, 3, 20, "float16"), 9, ((0, 2),), True),
+    (KVShape(1, 1, 128, "float32"), 7, ((0, 1),), False),
+    (KVShape(3, 1, 20, "float32"), 10, ((0, 2), (2, 3)), True),
     (KVShape(1, 1, 64, "bfloat16"), 1, ((0, 1),), True),
 ]
 
@@ -133,7 +133,7 @@ def test_records_hold_the_cpus_bytes_and_each_reads_the_others(kernel_device, sh
     point = "fine" if tokens % 2 else "coarse"
     case = Case(kernel_device, shape, tokens, groups, gaps, point=point, policy=ExactPolicy(sinks=0 if gaps else 4))
     arena, encoded = case.encode()
-    theirs = [b.record for b in case.reference.encode_blocks(case.k, case.v, case.positions, block_tokens=16)]
+    theirs = [b.record for b in case.reference.encode_blocks(case.k, case.v, case.positions, block_tokens=4)]
     ours = encoded.records()
     assert case.inflated(ours) == case.inflated(theirs)
     last = int(encoded.offsets[-1] + encoded.sizes[-1])
@@ -157,7 +157,9 @@ def test_records_hold_the_cpus_bytes_and_each_reads_the_others(kernel_device, sh
 
 
 def test_exact_tokens_of_every_reason_and_blocks_without_codes(kernel_device):
-    case = Case(kernel_device, KVShape(2, 1, 20, "bfloat16"), 40, ((0, 1), (1, 2)), policy=ExactPolicy(0, 0, 40.0))
+    case = Case(
+        kernel_device, KVShape(2, 1, 20, "bfloat16"), 40, ((0, 2),), block_tokens=16, policy=ExactPolicy(0, 0, 40.0)
+    )
     k, v = case.k.clone(), case.v.clone()
     k[1, 0, 21, 3], v[0, 0, 5, 19], v[1, 0, 30] = float("nan"), float("-inf"), 3e4
     case.fill(k, v)
@@ -196,7 +198,7 @@ def test_blocks_of_any_size(kernel_device):
 
 
 def test_a_damaged_record_is_reported_and_its_neighbours_come_back(kernel_device):
-    case = Case(kernel_device, KVShape(1, 1, 20, "bfloat16"), 20, ((0, 1),), block_tokens=8)
+    case = Case(kernel_device, KVShape(1, 1, 20, "bfloat16"), 12, ((0, 1),))
     arena, encoded = case.encode()
     clean, _ = case.decode(arena, encoded.offsets, encoded.sizes)
     for block in range(3):
@@ -207,21 +209,21 @@ def test_a_damaged_record_is_reported_and_its_neighbours_come_back(kernel_device
         target, status = case.decode(bad, encoded.offsets, encoded.sizes)
         assert status[block] in (BAD_HEADER, MISMATCH, BAD_CHECKSUM)
         assert (np.delete(status, block) == 0).all()
-        own = torch.arange(20) // 8 == block
+        own = torch.arange(12) // 4 == block
         for found, wanted in zip(case.contents(target), case.contents(clean), strict=True):
             assert same_bits(found[:, :, ~own], wanted[:, :, ~own])
             assert bool((found[:, :, own] == POISON).all())
 
 
 def test_payloads_that_lie_are_caught_behind_their_checksum(kernel_device):
-    case = Case(kernel_device, KVShape(1, 1, 20, "bfloat16"), 32, ((0, 1),), policy=ExactPolicy(sinks=0))
-    records = [b.record for b in case.reference.encode_blocks(case.k, case.v, case.positions)]
+    case = Case(kernel_device, KVShape(1, 1, 20, "bfloat16"), 8, ((0, 1),), policy=ExactPolicy(sinks=0))
+    records = [b.record for b in case.reference.encode_blocks(case.k, case.v, case.positions, block_tokens=4)]
     parsed = parse_record(records[1])
     own = case.reference.profile.groups[0]
-    size = 16 * (own.k.runs.width + own.v.runs.width)
+    size = 4 * (own.k.runs.width + own.v.runs.width)
     codes = bytearray(deflate.inflate(parsed.section(0), size))
     # The high byte of the first scale of every token: all ones is no finite number.
-    codes[16:32] = b"\xff" * 16
+    codes[4:8] = b"\xff" * 4
     forgeries = {
         "nothing": (b"", BAD_DIRECTORY), "too few": (deflate.deflate(bytes(codes[:-1])), BAD_LANE),
         "not finite": (deflate.deflate(bytes(codes)), BAD_LANE),
@@ -233,7 +235,7 @@ def test_payloads_that_lie_are_caught_behind_their_checksum(kernel_device):
         target, status = case.decode(arena, offsets, sizes)
         assert status.tolist() == [0, wanted], name
         for x in case.contents(target):
-            assert bool((x[:, :, 16:] == POISON).all())
+            assert bool((x[:, :, 4:] == POISON).all())
 
 
 def test_bad_calls_are_refused(kernel_device, monkeypatch):
@@ -241,9 +243,9 @@ def test_bad_calls_are_refused(kernel_device, monkeypatch):
     for coder in ("gdeflate", "ans", ""):
         with pytest.raises(ConfigError, match="one of deflate, zlib"):
             PagedCodec(case.artifact, "coarse", case.cache, deflate=coder)
-    limits = PagedLimits(encode_tokens=16, decode_tokens=16, record_bytes=1 << 20, block_tokens=4)
+    limits = PagedLimits(encode_tokens=16, decode_tokens=16, record_bytes=1 << 20, block_tokens=3)
     codec = PagedCodec(case.artifact, "coarse", case.cache, limits=limits, deflate="zlib")
-    with pytest.raises(ConfigError, match="block_tokens is 4"):
+    with pytest.raises(ConfigError, match="block_tokens is 3"):
         codec.encode(case.blocks(), case.arena())
     monkeypatch.setitem(sys.modules, "nvidia.libnvcomp", None)
     nvcomp.library.cache_clear()

@@ -145,8 +145,8 @@ def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_nar
                 synthesis, mean, cos, sin, addresses, slots, keep, first_layer, layers, heads, first_head,
                 block_tokens, stride_block, stride_head, stride_token, programs, D: tl.constexpr, HALF: tl.constexpr,
                 PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, scaling, top, ROWS: tl.constexpr, BM: tl.constexpr,
-                BN: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr, ITEM: tl.constexpr,
-                DTYPE: tl.constexpr):  # fmt: skip
+                BN: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
+                ITEM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Channels of whole heads from levels, RoPE applied, into the pages. A tile is ROWS heads of BN / ROWS columns.
 
     Column c of a head is dim c // 2 of the first halves (even c) or of the second halves (odd c): the two dims that
