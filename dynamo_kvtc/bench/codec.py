@@ -36,7 +36,8 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class CodecCase:
     """What to measure. ratios: of coded tokens; requests x tokens are coded in one call; max_rank: components kept per
-    layer group; lanes: rANS lanes a token (default: by the rank); prefill: whether to time a random-weight model of the shape, too."""
+    layer group; lanes: rANS lanes a token (default: by the rank); prefill: whether to time a random-weight model of the
+    shape, too."""
 
     shape: str
     ratios: tuple[float, ...]
@@ -105,12 +106,14 @@ def _one(
     def decode() -> None:
         decoder.decode(arena, encoded.offsets, encoded.sizes, back).finish()
 
+    point = codec.point
+    assert point is not None
     row: Row = {
         "shape": case.shape, "profile": "kvtc", "tokens": len(slots), "requests": case.requests, "ratio": ratio,
-        "groups": case.groups, "rank": [g.rank for g in codec.point.groups],
-        "wide_components": [g.wide for g in codec.point.groups],
-        "wide_inputs": [g.wide_inputs for g in codec.point.groups],
-        "channels": [g.channels for g in codec.point.groups], "lanes": codec.point.lanes,
+        "groups": case.groups, "rank": [g.rank for g in point.groups],
+        "wide_components": [g.wide for g in point.groups],
+        "wide_inputs": [g.wide_inputs for g in point.groups],
+        "channels": [g.channels for g in point.groups], "lanes": point.lanes,
         "device": torch.cuda.get_device_name(), "torch": str(torch.__version__), "rates": rates,
         "raw_bytes": raw_bytes, "record_bytes": int(encoded.sizes.sum()),
         "exact_tokens": int(encoded.exact.sum()), "relative_error": error,
@@ -129,7 +132,7 @@ def _one(
         decoder, lambda: decoder.decode(arena, encoded.offsets, encoded.sizes, back)
     )
     row["encode_stages_s"] = _stages(codec, encode)
-    row["floors_s"] = _floors(codec.point.groups, shape, len(slots), row, rates)
+    row["floors_s"] = _floors(point.groups, shape, len(slots), row, rates)
     return row
 
 
@@ -156,7 +159,7 @@ def _verify(
     return float((after - before).norm() / before.norm())
 
 
-def _median(call: Callable[[], None]) -> float:
+def _median(call: Callable[[], object]) -> float:
     for _ in range(_WARM):
         call()
     times = []
@@ -214,7 +217,8 @@ def _floors(
     rank = sum(g.rank for g in groups)
     inputs = sum(g.channels + g.wide_inputs for g in groups)
     return {
-        "decode project": narrow / ops8 + wide16 / ops16, "decode checksum": coded / memory, "decode rANS": (coded + tokens * rank) / memory,
+        "decode project": narrow / ops8 + wide16 / ops16, "decode checksum": coded / memory,
+        "decode rANS": (coded + tokens * rank) / memory,
         "encode gather": (raw + tokens * inputs) / memory, "encode project": (narrow + high + wide8) / ops8,
         "encode quantise": tokens * rank * (4 + 2) / memory, "encode rANS": (2 * tokens * rank + coded) / memory,
         "encode pack": 2 * coded / memory, "encode copy": coded / rates["d2h_bytes_s"],

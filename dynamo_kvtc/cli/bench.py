@@ -66,7 +66,15 @@ def codec_command(
     rows = []
     for shape in shapes:
         case = CodecCase(
-            shape, ratios, tokens, requests, groups=groups, max_rank=max_rank, lanes=lanes, prefill=prefill, limits=limits
+            shape,
+            ratios,
+            tokens,
+            requests,
+            groups=groups,
+            max_rank=max_rank,
+            lanes=lanes,
+            prefill=prefill,
+            limits=limits,
         )
         rows += run(case, lambda told: click.echo(told, err=True))
     console = Console()

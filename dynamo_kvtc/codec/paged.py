@@ -1,18 +1,22 @@
 """READ FIRST on the GPU path: blocks between an engine's paged cache and records in host memory.
 
     encode: per chunk of blocks, per layer group: gather + fixed point -> int8 product -> quantise -> which tokens stay
-            exact -> rANS -> sizes to the host -> payloads side by side -> checksum and copy into the arena -> headers
-    decode: headers on the host; per layer group, per chunk: records to the GPU -> checksum -> lanes -> rANS to levels
-            -> one product that undoes scale and mean, applies RoPE and writes the pages -> an event per layer group
+            exact -> entropy code -> sizes to the host -> payloads side by side -> checksum and copy into the arena ->
+            headers
+    decode: headers on the host; per layer group, per chunk: records to the GPU -> checksum -> entropy decode to levels
+            -> product that undoes scale and mean, applies RoPE and writes the pages -> an event per layer group
 
-Records are the same bytes as ``codec.pipeline``'s. Everything is asynchronous on the codec's streams; the host waits
-once per chunk while encoding, to learn the records' sizes, and never while decoding. Memory is taken once.
+``paged_encode`` and ``paged_decode`` hold what the profiles share; ``paged_kvtc`` (rANS in lanes) and ``paged_paper``
+(DEFLATE by nvCOMP, K and V apart) the rest. Records are those of ``codec.pipeline``, to the byte but for how DEFLATE
+streams spell theirs. Everything is asynchronous on the codec's streams; the host waits once per chunk while encoding,
+to learn the records' sizes, and never while decoding. Memory is taken once.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,20 +33,29 @@ from dynamo_kvtc.errors import ConfigError, MissingDependencyError
 from dynamo_kvtc.ops.pages import PagedCache, check_slots
 from dynamo_kvtc.ops.rope import rotations_of
 
+if TYPE_CHECKING:
+    from dynamo_kvtc.codec.paged_decode import Decoder, Restore
+    from dynamo_kvtc.codec.paged_encode import Encoded, Encoder
+
+CODERS = ("deflate", "zlib")
+"""Who may code payloads of profile paper. nvCOMP's own formats are not its records: ``bench.entropy`` times them."""
+
 
 @dataclass(frozen=True)
 class PagedLimits:
     """How much a codec works on at once; its memory follows from it.
 
-    encode_tokens, decode_tokens: tokens of a chunk; record_bytes: largest run of records staged at once, in bytes.
+    encode_tokens, decode_tokens: tokens of a chunk; record_bytes: largest run of records staged at once, in bytes;
+    block_tokens: tokens of the largest block that profile paper encodes (its DEFLATE needs room for each).
     """
 
     encode_tokens: int = 4096
     decode_tokens: int = 8192
     record_bytes: int = 64 << 20
+    block_tokens: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("encode_tokens", "decode_tokens", "record_bytes"):
+        for name in ("encode_tokens", "decode_tokens", "record_bytes", "block_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"PagedLimits.{name} is {getattr(self, name)}; it must be at least 1")
 
@@ -85,38 +98,42 @@ class Blocks:
 
 
 class PagedCodec:
-    """Encodes and decodes blocks of one paged cache at one operating point of a kvtc artifact.
+    """Encodes and decodes blocks of one paged cache at one operating point of an artifact, of either profile.
 
     One codec works on one call at a time; its streams let it run beside the engine.
     """
 
     def __init__(
         self, artifact: Artifact, point: str, cache: PagedCache, policy: ExactPolicy | None = None,
-        limits: PagedLimits | None = None,
+        limits: PagedLimits | None = None, deflate: str = "deflate", effort: int = 0,
     ) -> None:  # fmt: skip
-        """Raises ConfigError (operating point, cache of another shape), ArtifactFormatError, MissingDependencyError
-        without triton, and ConfigError naming the bytes if the GPU has no room for bases and workspace."""
-        from dynamo_kvtc.codec.paged_decode import Decoder
-        from dynamo_kvtc.codec.paged_encode import Encoder
+        """Profile paper alone looks at deflate and effort. deflate: "deflate" is nvCOMP's, "zlib" the host's, for
+        machines without nvCOMP and blocks too large for it: slow, waiting for the GPU. effort: of nvCOMP's encoder, 0
+        (entropy coding alone) to 5; on an H200, 0 gave a ratio of 1.375 at 8.1 GB/s, 1 1.371 at 1.7 GB/s.
 
+        Raises ConfigError (operating point, cache of another shape, coder), ArtifactFormatError, MissingDependencyError
+        without triton or the nvCOMP that is asked for, and ConfigError naming the bytes if the GPU has no room for
+        bases and workspace."""
         _check_cache(artifact, cache)
-        if importlib.util.find_spec("triton") is None:
+        if deflate not in CODERS:
+            raise ConfigError(f"deflate is {deflate!r}; records are coded by one of {', '.join(CODERS)}")
+        if find_spec("triton") is None:
             raise MissingDependencyError("the GPU path needs triton: pip install dynamo-kvtc[gpu]")
         self.artifact = artifact
         self.cache = cache
         self.policy = policy or ExactPolicy()
         self.limits = limits or PagedLimits()
         index = artifact.point_index(point)
+        self.point: PagedPoint | None = None
         self.marks: list[tuple[str, torch.cuda.Event]] | None = None
         self.identity = Identity(
-            PROFILE_IDS["kvtc"], index, artifact.fingerprint, artifact.rank, len(artifact.manifest.groups)
-        )
+            PROFILE_IDS[artifact.manifest.profile], index, artifact.fingerprint, artifact.rank,
+            len(artifact.manifest.groups),
+        )  # fmt: skip
         try:
-            self.point = PagedPoint.load(artifact, index, cache.device)
             self.rotations = rotations_of(artifact.manifest.rope, cache.device)
             self.pages = pages_of(cache)
-            self._encoder = Encoder(self)
-            self._decoder = Decoder(self)
+            self._encoder, self._decoder, self.basis_bytes = self._profile(index, deflate, effort)
         except torch.OutOfMemoryError as exc:
             free, total = torch.cuda.mem_get_info(cache.device)
             raise ConfigError(
@@ -131,17 +148,25 @@ class PagedCodec:
             event.record()
             self.marks.append((stage, event))
 
-    @property
-    def basis_bytes(self) -> int:
-        """Bytes of the bases on the device."""
-        return self.point.nbytes
+    def _profile(self, index: int, deflate: str, effort: int) -> tuple[Encoder, Decoder, int]:
+        """The artifact's profile: its halves, and the bytes of its bases on the device."""
+        if self.artifact.manifest.profile == "kvtc":
+            from dynamo_kvtc.codec.paged_kvtc import KvtcDecoder, KvtcEncoder
+
+            kvtc = self.point = PagedPoint.load(self.artifact, index, self.cache.device)
+            return KvtcEncoder(self, kvtc), KvtcDecoder(self, kvtc), kvtc.nbytes
+        from dynamo_kvtc.codec.paged_paper import PaperDecoder, PaperEncoder
+        from dynamo_kvtc.codec.paged_paper_point import PaperPoint
+
+        paper = PaperPoint.load(self.artifact, index, self.cache.device)
+        return PaperEncoder(self, paper, deflate, effort), PaperDecoder(self, paper, deflate), paper.nbytes
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes of workspace on the device, for encoding and decoding."""
         return self._encoder.nbytes + self._decoder.nbytes
 
-    def encode(self, blocks: Blocks, arena: Tensor, at: int = 0):
+    def encode(self, blocks: Blocks, arena: Tensor, at: int = 0) -> Encoded:
         """Records of blocks into ``arena`` from byte ``at`` on: ``paged_encode.Encoded``.
 
         arena: uint8 [bytes], pinned host memory (any memory on a CPU). Raises ConfigError if positions are missing or
@@ -157,7 +182,7 @@ class PagedCodec:
         self._check(blocks, arena, written=False)
         return self._encoder.encode(blocks, arena, at)
 
-    def decode(self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks):
+    def decode(self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks) -> Restore:
         """Records back into the pages at ``blocks.slots``: ``paged_decode.Restore``, with an event per layer group.
 
         offsets, sizes: int64 [B], the records' bytes in the arena. A record that is damaged, or another codec's, is
@@ -178,8 +203,6 @@ class PagedCodec:
 
 def _check_cache(artifact: Artifact, cache: PagedCache) -> None:
     s = artifact.shape
-    if artifact.manifest.profile != "kvtc":
-        raise ConfigError(f"profile {artifact.manifest.profile!r} has no paged codec; use codec.pipeline.BlockCodec")
     theirs = (cache.layers, cache.heads, cache.head_dim, cache.dtype)
     if theirs != (s.layers, s.kv_heads, s.head_dim, s.torch_dtype):
         raise ConfigError(

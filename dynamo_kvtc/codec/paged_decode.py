@@ -1,7 +1,8 @@
-"""Decoding on the GPU path: see ``codec.paged``."""
+"""Decoding on the GPU path, whatever the profile: see ``codec.paged``."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dynamo_kvtc.codec.headers import HeaderBatch, read_headers
-from dynamo_kvtc.codec.kvtc_point import WIDE_STEP
-from dynamo_kvtc.codec.lanes import OFFSET_CLASSES, OFFSET_NEUTRAL
 from dynamo_kvtc.codec.mailbox import Mailbox
-from dynamo_kvtc.codec.paged_groups import PagedGroup, operand
+from dynamo_kvtc.codec.paged_encode import workspace_bytes
 from dynamo_kvtc.errors import ConfigError
-from dynamo_kvtc.ops import lanes, quantize, rans
-from dynamo_kvtc.ops.checksum import copy_ranges_device
+from dynamo_kvtc.ops import lanes
 from dynamo_kvtc.ops.pages import scatter_exact
-from dynamo_kvtc.ops.project.device import synthesise_into_pages
 
 if TYPE_CHECKING:
     from dynamo_kvtc.codec.paged import Blocks, PagedCodec
@@ -70,7 +67,9 @@ class _Plan:
     arrays: dict[str, NDArray]
 
     @classmethod
-    def of(cls, counts: NDArray[np.int32], slots: NDArray[np.int64], batch: HeaderBatch, own: slice, tokens: slice) -> _Plan:
+    def of(
+        cls, counts: NDArray[np.int32], slots: NDArray[np.int64], batch: HeaderBatch, own: slice, tokens: slice
+    ) -> _Plan:
         exact, sound = batch.exact[tokens], batch.status[own] == 0
         block_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         coded = ~exact & sound[block_of]
@@ -98,39 +97,64 @@ class _Chunk:
     plan: _Plan
 
 
-class Decoder:
-    """Workspace and launches: a stream that copies, a stream that computes."""
+@dataclass(frozen=True)
+class Coded:
+    """A chunk's sections of one layer group, as the host sees them. B blocks, of which some are not sound.
+
+    sound: bool [B]; where, section: int64 [B], first byte in the ring and bytes; exact: int64 [B], bytes of exact
+    tokens, which come first; counts: int32 [B], coded tokens; short: bool [B], too few bytes for the exact tokens.
+    """
+
+    sound: NDArray[np.bool_]
+    where: NDArray[np.int64]
+    section: NDArray[np.int64]
+    exact: NDArray[np.int64]
+    counts: NDArray[np.int32]
+    short: NDArray[np.bool_]
+
+
+class Decoder(ABC):
+    """Launches and what they work in: a stream that copies, a stream that computes.
+
+    A profile adds the abstract methods: what lies between a section on the GPU and the pages.
+    """
 
     def __init__(self, codec: PagedCodec) -> None:
         self._codec = codec
         self._device = device = codec.cache.device
         self._cuda = device.type == "cuda"
-        groups, self._lanes = codec.point.groups, codec.point.lanes
         t = codec.limits.decode_tokens
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._copies = torch.cuda.Stream(device) if self._cuda else None
-        # Where a layer group has no component of a kind, its product reads columns of zeros that are never written.
-        self._narrow = [operand(t, g.narrow, torch.int8, device) for g in groups]
-        self._wide = [operand(t, g.wide, torch.float16, device) for g in groups]
         self._ring = [torch.empty(codec.limits.record_bytes, dtype=torch.uint8, device=device) for _ in range(_RING)]
         self._free = [torch.cuda.Event() for _ in range(_RING)] if self._cuda else []
-        self._starts = torch.empty(t * self._lanes, dtype=torch.int64, device=device)
-        self._lengths = torch.empty(t * self._lanes, dtype=torch.int32, device=device)
-        self._bad = torch.empty(t * self._lanes, dtype=torch.int32, device=device)
-        self._parameters = torch.empty(t, dtype=torch.uint8, device=device)
-        self._offsets = torch.empty(t, dtype=torch.int8, device=device)
         self._keep = torch.empty(t, dtype=torch.uint8, device=device)
         self._chosen = torch.empty(t, dtype=torch.int64, device=device)
         self._exact_slots = torch.empty(t, dtype=torch.int64, device=device)
         self._crc = torch.empty(t, dtype=torch.int32, device=device)
-        self._mailbox = Mailbox(device, 256 + t * 120)
+        self._mailbox = Mailbox(device, 512 + t * 160)
 
     @property
     def nbytes(self) -> int:
         """Bytes of workspace on the device."""
-        own = [x for x in vars(self).values() if isinstance(x, Tensor)]
-        own += [*self._narrow, *self._wide, *self._ring]
-        return sum(x.untyped_storage().nbytes() for x in own) + self._mailbox.nbytes
+        return workspace_bytes(self, self._device) + self._mailbox.nbytes
+
+    @abstractmethod
+    def _arrays(self, g: int, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
+        """What the methods below need of each block, to be sent to the device; and int64 [B], where each section starts
+        in what ``_receive`` returns, even numbers."""
+
+    @abstractmethod
+    def _receive(self, ring: Tensor, sent: dict[str, Tensor], crc: Tensor, most: int) -> Tensor:
+        """Checksums of sections, of up to ``most`` bytes, into crc int32 [B]; returns the memory to read them from."""
+
+    @abstractmethod
+    def _coded(
+        self, g: int, ring: Tensor, sent: dict[str, Tensor], status: Tensor, n: int, most: int,
+        angles: tuple[Tensor, Tensor],
+    ) -> None:  # fmt: skip
+        """Coded tokens of a chunk into the pages: n of them, at most ``most`` of a block, cos and sin as ``angles``.
+        Blocks found bad, by ``self._crc`` first, get a status, and those that have one write nothing."""
 
     def decode(
         self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks
@@ -147,11 +171,10 @@ class Decoder:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             status.copy_(host, non_blocking=True)
             turn, angles = 0, {}
-            keep_angles = len(chunks) <= _KEPT_ANGLES
-            for g, group in enumerate(self._codec.point.groups):
+            for g in range(len(self._codec.artifact.manifest.groups)):
                 for chunk in chunks:
-                    self._group(arena, g, group, chunk, blocks, batch, status, turn % _RING, angles)
-                    if not keep_angles:
+                    self._group(arena, g, chunk, blocks, batch, status, turn % _RING, angles)
+                    if len(chunks) > _KEPT_ANGLES:
                         angles.clear()
                     turn += 1
                 events.append(self._event())
@@ -201,20 +224,21 @@ class Decoder:
         return out
 
     def _group(
-        self, arena: Tensor, g: int, group: PagedGroup, chunk: _Chunk, blocks: Blocks, batch: HeaderBatch,
-        status: Tensor, turn: int, angles: dict[int, tuple[Tensor, Tensor]],
+        self, arena: Tensor, g: int, chunk: _Chunk, blocks: Blocks, batch: HeaderBatch, status: Tensor, turn: int,
+        angles: dict[int, tuple[Tensor, Tensor]],
     ) -> None:  # fmt: skip
         """One layer group of one chunk. angles: rotations of chunks by their first block, kept for the next group."""
         codec, own, plan = self._codec, chunk.blocks, chunk.plan
-        counts = blocks.counts[own]
-        bytes_exact = plan.exact_of * (group.layers[1] - group.layers[0]) * codec.artifact.shape.bytes_per_layer_token
+        layers = codec.artifact.manifest.groups[g]
+        bytes_exact = plan.exact_of * (layers[1] - layers[0]) * codec.artifact.shape.bytes_per_layer_token
         where = np.where(plan.sound, batch.sections[own, g, 0] - chunk.start, 0)
         section = batch.sections[own, g, 1]
         short = plan.sound & (section < bytes_exact)
-        arrays = plan.arrays | {
-            "where": where, "section": section, "payload": where + bytes_exact,
-            "room": np.where(short, 1, section - bytes_exact), "crc": batch.crc[own, g].view(np.int32),
-            "exact_base": where[plan.arrays["exact_block"]],
+        more, base = self._arrays(g, Coded(plan.sound, where, section, bytes_exact, plan.arrays["counts"], short))
+        arrays = plan.arrays | more
+        arrays |= {
+            "where": where, "section": section, "crc": batch.crc[own, g].view(np.int32),
+            "exact_base": base[plan.arrays["exact_block"]],
         }  # fmt: skip
         with torch.cuda.stream(self._copies) if self._copies is not None else nullcontext():
             if self._copies is not None:
@@ -229,53 +253,17 @@ class Decoder:
             self._stream.wait_event(arrived)
             codec.mark("wait for copy")
         own_status = status[own]
-        n, blocks_here = len(plan.arrays["slots"]), len(counts)
-        crc = self._crc[:blocks_here]
-        copy_ranges_device(ring, sent["where"], sent["section"], None, None, crc, int(section.max(initial=0)))
+        n, crc = len(plan.arrays["slots"]), self._crc[: len(where)]
+        source = self._receive(ring, sent, crc, int(section.max(initial=0)))
         codec.mark("checksum")
-        if chunk.blocks.start not in angles:
-            angles[chunk.blocks.start] = codec.rotations.at(sent["positions"])
+        if own.start not in angles:
+            angles[own.start] = codec.rotations.at(sent["positions"])
             codec.mark("rotations")
-        self._coded(group, ring, sent, own_status, n, int(plan.arrays["counts"].max(initial=0)),
-                    angles[chunk.blocks.start])  # fmt: skip
-        kept = len(plan.arrays["exact_slots"])
-        if kept:
-            chosen = self._exact_slots[:kept]
+        self._coded(g, ring, sent, own_status, n, max(1, int(plan.arrays["counts"].max(initial=0))), angles[own.start])
+        if len(plan.arrays["exact_slots"]):
+            chosen = self._exact_slots[: len(plan.arrays["exact_slots"])]
             lanes.select(own_status, sent["exact_block"], sent["exact_slots"], chosen)
-            scatter_exact(
-                codec.cache, group.layers, chosen, sent["exact_base"], sent["index"], sent["count"],
-                ring,
-            )  # fmt: skip
+            scatter_exact(codec.cache, layers, chosen, sent["exact_base"], sent["index"], sent["count"], source)
             codec.mark("exact")
         if self._cuda:
             self._free[turn].record()
-
-    def _coded(
-        self, group: PagedGroup, ring: Tensor, sent: dict[str, Tensor], status: Tensor, n: int, most: int,
-        angles: tuple[Tensor, Tensor],
-    ) -> None:  # fmt: skip
-        """Coded tokens of a chunk: n of them, at most ``most`` of a block."""
-        codec, split = self._codec, self._lanes
-        starts, lengths, bad = (x[: n * split] for x in (self._starts, self._lengths, self._bad))
-        parameters, offsets = self._parameters[:n], self._offsets[:n]
-        lanes.read(
-            ring, sent["payload"], sent["room"], self._crc, sent["crc"], sent["first"], sent["counts"], status, starts, lengths, parameters,
-            offsets, split, max(most, 1), OFFSET_NEUTRAL, OFFSET_CLASSES, quantize.FINENESS_LEVELS - 1,
-        )  # fmt: skip
-        if not n:
-            return
-        g = codec.point.groups.index(group)
-        narrow, wide = self._narrow[g][:n], self._wide[g][:n]
-        words = ring[: len(ring) // 2 * 2].view(torch.int16)
-        rans.decode_levels_device(
-            words, starts, lengths, group.classes, codec.point.tables, wide, narrow, bad, centroid=group.centroid,
-            scale=group.scale, bias=group.level_bias, wide_components=-(-group.wide // WIDE_STEP) * WIDE_STEP,
-            offsets=offsets, first=group.leading, lanes_per_token=split,
-        )  # fmt: skip
-        codec.mark("rANS")
-        keep, chosen = self._keep[:n], self._chosen[:n]
-        lanes.judge(bad, sent["first"], sent["counts"], status, sent["slots"], keep, chosen, split, max(most, 1))
-        synthesise_into_pages(
-            narrow, wide, group.synthesis, parameters, codec.point.shrink, *angles, codec.pages, chosen, keep
-        )
-        codec.mark("project")

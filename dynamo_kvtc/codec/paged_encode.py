@@ -1,7 +1,8 @@
-"""Encoding on the GPU path: see ``codec.paged``."""
+"""Encoding on the GPU path, whatever the profile: see ``codec.paged``."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,20 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dynamo_kvtc.codec.headers import gaps_of, header_bytes_of, write_headers
-from dynamo_kvtc.codec.lanes import HEAD
 from dynamo_kvtc.codec.mailbox import Mailbox
-from dynamo_kvtc.codec.paged_groups import PagedGroup, operand
 from dynamo_kvtc.errors import ConfigError
-from dynamo_kvtc.ops import lanes, rans
 from dynamo_kvtc.ops.checksum import copy_ranges_device
-from dynamo_kvtc.ops.pages import FixedRows, gather_exact, gather_fixed
-from dynamo_kvtc.ops.project.device import analyse_device
-from dynamo_kvtc.ops.quantize.device import quantise_device
+from dynamo_kvtc.ops.pages import gather_exact
 
 if TYPE_CHECKING:
     from dynamo_kvtc.codec.paged import Blocks, PagedCodec
 
-_ALIGNMENT = 16
+ALIGNMENT = 16
 """Records and staged sections start at multiples of this many bytes."""
 
 
@@ -65,7 +61,7 @@ class Encoded:
 
 
 @dataclass
-class _Chunk:
+class EncodeChunk:
     """Whole blocks worked on at once, and what the first half leaves for the second."""
 
     tokens: slice
@@ -76,57 +72,69 @@ class _Chunk:
     done: Any
 
 
-class Encoder:
-    """Workspace and launches. Two chunks are in flight: while the host sizes one, the GPU works on the next."""
+class Encoder(ABC):
+    """Launches and what they work in. Two chunks are in flight: while the host sizes one, the GPU works on the next.
 
-    def __init__(self, codec: PagedCodec) -> None:
+    A profile adds the abstract methods: what lies between the pages and a payload.
+    """
+
+    def __init__(self, codec: PagedCodec, max_blocks: int) -> None:
+        """max_blocks: most blocks of a chunk."""
         self._codec = codec
         self._device = device = codec.cache.device
         self._cuda = device.type == "cuda"
-        groups, self._lanes = codec.point.groups, codec.point.lanes
+        self._groups = groups = codec.artifact.manifest.groups
+        self._max_blocks = max_blocks
         t = codec.limits.encode_tokens
         self._stream = torch.cuda.Stream(device) if self._cuda else None
-        self._low = operand(t, max(g.channels for g in groups), torch.int8, device)
-        self._high = operand(t, max(g.wide_inputs for g in groups), torch.int8, device)
-        self._no_high = operand(t, 0, torch.int8, device)
-        self._energy = torch.empty(t, dtype=torch.int64, device=device)
-        self._saturated = torch.empty(t, dtype=torch.uint8, device=device)
-        rank = max(g.rank for g in groups)
-        self._coefficients = torch.empty(t, max(rank, 1), dtype=torch.int32, device=device)
-        self._symbols = [torch.empty(t, max(g.rank, 1), dtype=torch.int16, device=device) for g in groups]
         self._error = torch.empty(len(groups), t, dtype=torch.float64, device=device)
-        self._parameters = torch.empty(2, len(groups), t, dtype=torch.uint8, device=device)
-        self._words = [
-            [
-                torch.empty(t * self._lanes, 2 * -(-g.rank // self._lanes) + 2, dtype=torch.int16, device=device)
-                for g in groups
-            ]
-            for _ in range(2)
-        ]
-        self._lengths = torch.empty(2, len(groups), t * self._lanes, dtype=torch.int32, device=device)
-        self._word_at = torch.empty(t * self._lanes, dtype=torch.int64, device=device)
         self._skip = torch.empty(2, t, dtype=torch.uint8, device=device)
         self._measured = torch.empty(2, len(groups), t, 4, dtype=torch.int32, device=device)
         self._measured_host = torch.empty(2, len(groups), t, 4, dtype=torch.int32, pin_memory=self._cuda)
         self._skip_host = torch.empty(2, t, dtype=torch.uint8, pin_memory=self._cuda)
-        self._staging = torch.empty(codec.limits.record_bytes + _ALIGNMENT, dtype=torch.uint8, device=device)
+        self._staging = torch.empty(codec.limits.record_bytes + ALIGNMENT, dtype=torch.uint8, device=device)
         self._crc = torch.empty(t * len(groups), dtype=torch.int32, device=device)
-        self._mailbox = Mailbox(device, 256 + t * (96 + 40 * len(groups)))
+        self._mailbox = Mailbox(device, 512 + t * (96 + 48 * len(groups)))
 
     @property
     def nbytes(self) -> int:
         """Bytes of workspace on the device."""
-        own = [x for x in vars(self).values() if isinstance(x, Tensor) and x.device == self._device]
-        own += [*self._symbols, *(x for turn in self._words for x in turn)]
-        return sum(x.untyped_storage().nbytes() for x in own) + self._mailbox.nbytes
+        return workspace_bytes(self, self._device) + self._mailbox.nbytes
 
-    def encode(self, blocks: Blocks, arena: Tensor, at: int) -> Encoded:
-        counts, positions = blocks.counts, blocks.positions
-        assert positions is not None
+    @abstractmethod
+    def _quantise(self, g: int, n: int, turn: int, sent: dict[str, Tensor], cos: Tensor, sin: Tensor) -> None:
+        """Layer group g of a chunk of n tokens, quantised; self._error[g, :n] is each token's error as a multiple of
+        the calibrated mean, infinite if it cannot be coded."""
+
+    @abstractmethod
+    def _code(self, g: int, n: int, turn: int, sent: dict[str, Tensor], counts: NDArray[np.int32]) -> None:
+        """Entropy codes tokens that self._skip[turn] does not name; self._measured[turn, g, b] is what
+        ``_payload_bytes`` needs of block b."""
+
+    @abstractmethod
+    def _payload_bytes(self, measured: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [B] from what ``_code`` measured, int64 [B, 4]. Raises ConfigError if a block cannot be coded."""
+
+    @abstractmethod
+    def _payloads(
+        self, g: int, chunk: EncodeChunk, part: slice, tokens: slice, sent: dict[str, Tensor], most: int
+    ) -> None:
+        """Payloads of blocks ``part``, which have ``tokens`` of the chunk, into staging at sent["payload_base"][g].
+
+        most: largest payload, in bytes.
+        """
+
+    def _check_blocks(self, counts: NDArray[np.int32]) -> None:
+        """Raises ConfigError for blocks too large for the workspace."""
         if counts.max() > self._codec.limits.encode_tokens:
             raise ConfigError(
                 f"a block has {counts.max()} tokens; PagedLimits.encode_tokens is {self._codec.limits.encode_tokens}"
             )
+
+    def encode(self, blocks: Blocks, arena: Tensor, at: int) -> Encoded:
+        counts, positions = blocks.counts, blocks.positions
+        assert positions is not None
+        self._check_blocks(counts)
         asked = (positions < self._codec.policy.sinks if blocks.exact is None else blocks.exact).numpy()
         out = Encoded(
             np.zeros(len(counts), np.int64), np.zeros(len(counts), np.int64), np.zeros(len(asked), np.bool_), asked, [],
@@ -135,9 +143,9 @@ class Encoder:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            before: tuple[int, _Chunk] | None = None
+            before: tuple[int, EncodeChunk] | None = None
             first = 0
-            for turn, (tokens, own) in enumerate(_chunks(counts, self._codec.limits.encode_tokens)):
+            for turn, (tokens, own) in enumerate(_chunks(counts, self._codec.limits.encode_tokens, self._max_blocks)):
                 chunk = self._front(blocks, tokens, own, asked[tokens], turn % 2)
                 if before is not None:
                     at = self._back(out, before[0], before[1], blocks, at)
@@ -152,8 +160,8 @@ class Encoder:
 
     def _front(
         self, blocks: Blocks, tokens: slice, counts: NDArray[np.int32], asked: NDArray[np.bool_], turn: int
-    ) -> _Chunk:
-        """From the pages to lanes of words and their lengths."""
+    ) -> EncodeChunk:
+        """From the pages to payloads and their sizes."""
         codec, n = self._codec, len(asked)
         assert blocks.positions is not None
         first = np.cumsum(counts) - counts
@@ -163,77 +171,45 @@ class Encoder:
                 "asked": asked.astype(np.uint8), "first": first.astype(np.int32), "counts": counts,
             }
         )  # fmt: skip
-        rope = codec.artifact.manifest.rope
         codec.mark("encode")
         cos, sin = codec.rotations.at(sent["positions"])
         codec.mark("rotations")
-        for g, group in enumerate(codec.point.groups):
-            rows = self._rows(group, n)
-            gather_fixed(codec.cache, group.layers, sent["slots"], cos, sin, rope, group.inputs, rows)
-            codec.mark("gather")
-            coefficients = self._coefficients[:n, : group.rank]
-            high = rows.high if group.wide_inputs else self._no_high[:n]
-            analyse_device(rows.low, high, group.analysis, coefficients)
-            codec.mark("project")
-            quantise_device(
-                coefficients, rows.energy, rows.saturated, group.quantiser, self._symbols[g][:n, : group.rank],
-                self._parameters[turn, g, :n], self._error[g, :n],
-            )  # fmt: skip
-            codec.mark("quantise")
+        for g in range(len(self._groups)):
+            self._quantise(g, n, turn, sent, cos, sin)
         # An infinite error cannot be coded at all, even where the bound is off.
         worst = self._error[:, :n].amax(dim=0)
         unfit = ~((worst <= codec.policy.max_error) & worst.isfinite())
         skip = self._skip[turn, :n]
         skip.copy_(unfit.logical_or(sent["asked"] != 0))
-        most = int(counts.max())
-        for g, group in enumerate(codec.point.groups):
-            parameters = self._parameters[turn, g, :n]
-            offsets = ((parameters // 16).to(torch.int8) - 8) * 2
-            lengths = self._lengths[turn, g, : n * self._lanes]
-            rans.encode_lanes_device(
-                self._symbols[g][:n, : group.rank], group.classes, codec.point.tables,
-                self._words[turn][g][: len(lengths)], lengths, offsets=offsets, skip=skip,
-                first=group.leading, lanes_per_token=self._lanes,
-            )  # fmt: skip
-            lanes.measure(
-                lengths, skip, sent["first"], sent["counts"], self._measured[turn, g, : len(counts)], self._lanes, most
-            )
-        codec.mark("rANS")
+        for g in range(len(self._groups)):
+            self._code(g, n, turn, sent, counts)
         self._measured_host[turn, :, : len(counts)].copy_(self._measured[turn, :, : len(counts)], non_blocking=True)
         self._skip_host[turn, :n].copy_(skip, non_blocking=True)
         done = None
         if self._cuda:
             done = torch.cuda.Event()
             done.record()
-        return _Chunk(tokens, counts, asked, turn, sent, done)
+        return EncodeChunk(tokens, counts, asked, turn, sent, done)
 
-    def _rows(self, group: PagedGroup, n: int) -> FixedRows:
-        return FixedRows(
-            self._low[:n, : group.channels], self._high[:n, : max(group.wide_inputs, 1)], self._energy[:n],
-            self._saturated[:n],
-        )  # fmt: skip
-
-    def _back(self, out: Encoded, first_block: int, chunk: _Chunk, blocks: Blocks, at: int) -> int:
-        """From lanes to records without headers, in the arena from ``at`` on; where the next may start."""
+    def _back(self, out: Encoded, first_block: int, chunk: EncodeChunk, blocks: Blocks, at: int) -> int:
+        """From payloads to records without headers, in the arena from ``at`` on; where the next may start."""
         if chunk.done is not None:
             chunk.done.synchronize()
         codec, counts = self._codec, chunk.counts
-        tokens, groups = int(counts.sum()), len(codec.point.groups)
+        tokens, groups = int(counts.sum()), len(self._groups)
         exact = self._skip_host[chunk.turn, :tokens].numpy().astype(np.bool_)
         out.exact[chunk.tokens] = exact
         first = np.cumsum(counts).astype(np.int64) - counts
         exact_of = np.add.reduceat(exact.astype(np.int64), first)
         measured = self._measured_host[chunk.turn, :, : len(counts)].numpy().astype(np.int64)
         layer_bytes = codec.artifact.shape.bytes_per_layer_token
-        exact_bytes = np.stack(
-            [exact_of * (g.layers[1] - g.layers[0]) * layer_bytes for g in codec.point.groups], axis=1
-        )
+        exact_bytes = np.stack([exact_of * (end - start) * layer_bytes for start, end in self._groups], axis=1)
         sizes = exact_bytes + np.stack([self._payload_bytes(m) for m in measured], axis=1)
         assert blocks.positions is not None
         positions = blocks.positions[chunk.tokens].numpy()
         header = header_bytes_of(counts, exact_of, gaps_of(positions, counts), groups)
         total = header + sizes.sum(axis=1)
-        padded = -(-total // _ALIGNMENT) * _ALIGNMENT
+        padded = -(-total // ALIGNMENT) * ALIGNMENT
         offsets = at + np.cumsum(padded) - padded
         if offsets[-1] + total[-1] > len(out._arena):
             raise ConfigError(
@@ -242,25 +218,15 @@ class Encoder:
         own = slice(first_block, first_block + len(counts))
         out.offsets[own], out.sizes[own] = offsets, total
         targets = (offsets + header)[:, None] + np.cumsum(sizes, axis=1) - sizes
-        staged = -(-sizes // _ALIGNMENT) * _ALIGNMENT
+        staged = -(-sizes // ALIGNMENT) * ALIGNMENT
         for part in _runs(staged.sum(axis=1), self._codec.limits.record_bytes):
             crc = self._write(chunk, part, first, exact, exact_bytes, sizes, staged, targets, out._arena, blocks)
             here = slice(int(first[part.start]), int(first[part.start] + counts[part].sum()))
             out._pending.append((counts[part], positions[here], exact[here], offsets[part], sizes[part], crc))
         return int(offsets[-1] + padded[-1])
 
-    def _payload_bytes(self, measured: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 [B] of least, most, words, coded tokens [B, 4]. Raises ConfigError for a lane that is too long."""
-        least, most, words, coded = measured.T
-        if most.max() > 0xFFFF:
-            raise ConfigError(f"a rANS lane of {most.max()} words; a record holds at most 65535: use more layer groups")
-        spread = np.where(coded > 0, most - least, 0)
-        width = np.where(spread == 0, 0, np.where(spread < 256, 1, 2))
-        body = coded * self._lanes * width + coded
-        return np.where(coded > 0, HEAD.size + body + body % 2 + 2 * words, 0)
-
     def _write(
-        self, chunk: _Chunk, part: slice, first: NDArray[np.int64], exact: NDArray[np.bool_],
+        self, chunk: EncodeChunk, part: slice, first: NDArray[np.int64], exact: NDArray[np.bool_],
         exact_bytes: NDArray[np.int64], sizes: NDArray[np.int64], staged: NDArray[np.int64],
         targets: NDArray[np.int64], arena: Tensor, blocks: Blocks,
     ) -> Tensor:  # fmt: skip
@@ -276,6 +242,7 @@ class Encoder:
         per_block = np.bincount(block_of, minlength=len(counts))
         index = np.arange(len(kept)) - np.repeat(np.cumsum(per_block) - per_block, per_block)
         slots = blocks.slots[chunk.tokens].numpy()[tokens][kept]
+        payloads = sizes[part] - exact_bytes[part]
         sent = self._mailbox.send(
             {
                 "first": (first[part] - begin).astype(np.int32), "counts": counts, "slots": slots,
@@ -283,22 +250,17 @@ class Encoder:
                 "exact_base": base[block_of].T.copy(), "payload_base": (base + exact_bytes[part]).T.copy(),
                 "base": base.T.reshape(-1).copy(), "sizes": sizes[part].T.reshape(-1).copy(),
                 "targets": targets[part].T.reshape(-1).copy(),
+                "payload_sizes": payloads.T.copy(),
             }
         )  # fmt: skip
-        lane = slice(tokens.start * self._lanes, tokens.stop * self._lanes)
         codec.mark("encode")
-        words = self._staging[: len(self._staging) // 2 * 2].view(torch.int16)
-        for g, group in enumerate(codec.point.groups):
+        for g, layers in enumerate(self._groups):
             if len(kept):
                 gather_exact(
-                    codec.cache, group.layers, sent["slots"], sent["exact_base"][g], sent["index"], sent["count"],
+                    codec.cache, layers, sent["slots"], sent["exact_base"][g], sent["index"], sent["count"],
                     self._staging,
                 )  # fmt: skip
-            lanes.write(
-                self._lengths[chunk.turn, g, lane], self._skip[chunk.turn, tokens], sent["first"], sent["counts"],
-                self._parameters[chunk.turn, g, tokens], sent["payload_base"][g], self._words[chunk.turn][g][lane],
-                self._staging, words, self._word_at[: lane.stop - lane.start], self._lanes, int(counts.max()),
-            )  # fmt: skip
+            self._payloads(g, chunk, part, tokens, sent, int(payloads[:, g].max()))
         codec.mark("pack")
         crc = self._crc[: sizes[part].size]
         copy_ranges_device(
@@ -310,11 +272,22 @@ class Encoder:
         return found
 
 
-def _chunks(counts: NDArray[np.int32], most: int) -> Iterator[tuple[slice, NDArray[np.int32]]]:
-    """Runs of whole blocks of at most ``most`` tokens: their tokens and their counts."""
+def workspace_bytes(owner: object, device: torch.device) -> int:
+    """Bytes of the tensors on ``device`` that are attributes of ``owner``, or in lists there."""
+
+    def tensors(x: object) -> list[Tensor]:
+        if isinstance(x, (list, tuple)):
+            return [t for y in x for t in tensors(y)]
+        return [x] if isinstance(x, Tensor) and x.device == device else []
+
+    return sum(x.untyped_storage().nbytes() for x in tensors(list(vars(owner).values())))
+
+
+def _chunks(counts: NDArray[np.int32], most: int, blocks: int) -> Iterator[tuple[slice, NDArray[np.int32]]]:
+    """Runs of at most ``blocks`` whole blocks of at most ``most`` tokens: their tokens and their counts."""
     start = token = 0
     while start < len(counts):
-        reach = np.cumsum(counts[start:])
+        reach = np.cumsum(counts[start : start + blocks])
         n = max(1, int(np.searchsorted(reach, most, side="right")))
         yield slice(token, token + int(reach[n - 1])), counts[start : start + n]
         token += int(reach[n - 1])

@@ -27,7 +27,7 @@ most 2**10, loses less than four times the run's energy. Terms add up to less th
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """K or V of one layer group: P2 channels, of R components the n that are quantised."""
 
     mean: Tensor
@@ -59,10 +59,10 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     layers: int
-    k: _Part
-    v: _Part
+    k: Part
+    v: Part
     mean_error: float
 
 
@@ -79,13 +79,13 @@ class PaperProfile:
             for g, (start, end) in enumerate(artifact.manifest.groups)
         ]
 
-    def _load(self, artifact: Artifact, g: int, layers: int, point: int, device: torch.device | str) -> _Group:
+    def _load(self, artifact: Artifact, g: int, layers: int, point: int, device: torch.device | str) -> Group:
         channels = layers * self.shape.kv_heads * self.shape.head_dim
         error = float(artifact.tensor(f"group{g}.point{point}.error", torch.float32, 1))
         if not 0 <= error < float("inf"):
             raise ArtifactFormatError(f"layer group {g}, point {point}: a mean error of {error}; it must be finite")
         k, v = (_load_part(artifact, f"group{g}", point, name, channels, device) for name in ("k", "v"))
-        return _Group(layers, k, v, max(error, 1e-12))
+        return Group(layers, k, v, max(error, 1e-12))
 
     def quantise(self, group: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         g = self.groups[group]
@@ -141,7 +141,7 @@ def _exact_sum(terms: Tensor) -> Tensor:
 
 def _load_part(
     artifact: Artifact, group: str, point: int, name: str, channels: int, device: torch.device | str
-) -> _Part:
+) -> Part:
     mean = artifact.tensor(f"{group}.{name}.mean", torch.float32, channels)
     unit = float(artifact.tensor(f"{group}.{name}.unit", torch.float32, 1))
     basis = artifact.tensor(f"{group}.{name}.basis", torch.int16, channels, -1)
@@ -157,7 +157,7 @@ def _load_part(
     except ConfigError as exc:
         raise ArtifactFormatError(f"{where}: {exc}") from exc
     live = basis[:, host_runs.live].contiguous()
-    return _Part(
+    return Part(
         mean=mean.to(device),
         unit=unit,
         analysis_gain=torch.full((channels,), 1.0 / unit, dtype=torch.float32, device=device),

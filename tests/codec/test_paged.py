@@ -14,7 +14,7 @@ from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops.lanes import BAD_CHECKSUM, BAD_DIRECTORY, BAD_LANE
 from dynamo_kvtc.ops.pages import PagedCache
 from dynamo_kvtc.types import KVShape
-from tests.builders import fresh_seed, gapped_positions, make_artifact, make_paper_artifact, random_kv, same_bits
+from tests.builders import fresh_seed, gapped_positions, make_artifact, random_kv, same_bits
 
 LIMITS = PagedLimits(encode_tokens=32, decode_tokens=48, record_bytes=1 << 20)
 POISON = 7.0
@@ -155,16 +155,21 @@ def test_blocks_of_any_size_scattered_in_the_arena(kernel_device):
     assert status.tolist() == [0] * len(records)
     k, v, _ = case.reference.decode_blocks(records)
     for found, wanted in zip(case.contents(target), (k, v), strict=True):
-        torch.testing.assert_close(found.float(), wanted.float(), rtol=2.0**-7, atol=1e-3 * float(wanted.float().abs().max()))
+        torch.testing.assert_close(
+            found.float(), wanted.float(), rtol=2.0**-7, atol=1e-3 * float(wanted.float().abs().max())
+        )
 
 
 def test_a_damaged_record_is_reported_and_its_neighbours_come_back(kernel_device):
     case = Case(kernel_device, KVShape(2, 1, 64, "bfloat16"), 64, fresh_seed(), ((0, 1), (1, 2)))
     arena, encoded = case.encode()
     clean = case.empty()
-    assert not PagedCodec(case.artifact, case.point, clean, limits=LIMITS).decode(
-        arena, encoded.offsets, encoded.sizes, case.blocks()
-    ).finish().any()
+    assert (
+        not PagedCodec(case.artifact, case.point, clean, limits=LIMITS)
+        .decode(arena, encoded.offsets, encoded.sizes, case.blocks())
+        .finish()
+        .any()
+    )
     for block in range(4):
         bad = arena.clone()
         at = int(encoded.offsets[block] + case.generator.integers(0, encoded.sizes[block]))
@@ -233,9 +238,8 @@ def test_bad_calls_are_refused_before_any_launch(kernel_device):
     other = make_artifact(KVShape(2, 2, 64, "bfloat16"))[2]
     with pytest.raises(ConfigError, match="KV heads"):
         PagedCodec(other, "coarse", case.cache)
-    paper = make_paper_artifact(KVShape(2, 1, 64, "bfloat16"), ((0, 2),))[2]
-    with pytest.raises(ConfigError, match="profile 'paper'"):
-        PagedCodec(paper, "coarse", case.cache)
+    with pytest.raises(ConfigError, match="'ans'"):
+        PagedCodec(case.artifact, "coarse", case.cache, deflate="ans")
     small = PagedLimits(encode_tokens=32, decode_tokens=32, record_bytes=64)
     tight = PagedCodec(case.artifact, case.point, case.cache, limits=small)
     with pytest.raises(ConfigError, match="record_bytes is 64"):

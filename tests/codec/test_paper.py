@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynamo_kvtc.calibrate.allocate import fit_paper_part, paper_unit
 from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Artifact, Manifest, Point, load_artifact, save_artifact
-from dynamo_kvtc.codec.channels import from_rows
+from dynamo_kvtc.codec.channels import from_rows, to_rows
 from dynamo_kvtc.codec.paper import PaperProfile, _exact_sum
 from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.codec.policy import ExactPolicy
@@ -253,6 +253,36 @@ def test_pack_is_one_stream_of_byte_positions(small: Source) -> None:
     assert deflate.inflate(payloads[0], 16 * symbols.shape[1]) == symbols[:16].T.numpy().tobytes()
     assert torch.equal(profile.unpack(0, payloads, [16, 0, 4]), symbols)
     assert profile.unpack(0, [], []).shape == (0, symbols.shape[1])
+
+
+def test_kernels_make_and_read_the_payloads_bytes(small: Source, kernel_device: str) -> None:
+    """Coefficients to what DEFLATE is given, K beside V, and back to components, without leaving the device."""
+    profile = PaperProfile(small.artifact, 1)
+    k, v, _ = small.kv(20)
+    symbols, _ = profile.quantise(0, k[:1].float(), v[:1].float())
+    payloads = profile.pack(0, symbols, [16, 4])
+    group = profile.groups[0]
+    data = torch.full((20, symbols.shape[1]), 0xA5, dtype=torch.uint8, device=kernel_device)
+    starts = torch.tensor([0, 16, 20], device=kernel_device)
+    split = group.k.runs.width
+    parts = ((group.k, k, data[:, :split]), (group.v, v, data[:, split:]))
+    for part, x, out in parts:
+        coefficients, _, _ = project.analyse(to_rows(x[:1].float()), part.mean, part.analysis_gain, part.basis)
+        plan = affine.device_plan(part.host_runs, kernel_device)
+        affine.encode_device(coefficients.to(kernel_device), plan, out)
+    planes = torch.empty(data.numel(), dtype=torch.uint8, device=kernel_device)
+    affine.to_planes(data, starts, 16, planes)
+    inflated = [deflate.inflate(p, n * symbols.shape[1]) for p, n in zip(payloads, (16, 4), strict=True)]
+    assert planes.cpu().numpy().tobytes() == b"".join(inflated)
+
+    back = torch.zeros_like(data)
+    affine.from_planes(planes, starts, 16, back)
+    assert torch.equal(back.cpu(), symbols)
+    for part, own in ((group.k, symbols[:, :split]), (group.v, symbols[:, split:])):
+        plan = affine.device_plan(part.host_runs, kernel_device)
+        found = affine.decode_device(own.to(kernel_device), plan)
+        assert same_bits(found.cpu(), affine.decode(own, part.host_runs))
+        assert affine.valid_device(own.to(kernel_device), plan).all()
 
 
 def test_damaged_payloads_are_refused(small: Source) -> None:

@@ -54,6 +54,25 @@ def test_bytes_and_components_are_the_references(kernel_device: str) -> None:
         assert affine.valid_device(out, plan).all()
 
 
+def test_errors_and_half_levels(kernel_device: str) -> None:
+    generator = np.random.default_rng(fresh_seed())
+    runs = affine.layout(torch.tensor([256, 64, 1, 16]), torch.tensor([1, 3, 2, 3]), 337)
+    values = random_coefficients(generator, 5, 337)
+    plan = affine.device_plan(runs, kernel_device)
+    data, _ = affine.encode_device(values.to(kernel_device), plan)
+    levels = affine.decode_device(data, plan)
+    kept, lost = (torch.full((5,), -1.0, dtype=torch.float64, device=kernel_device) for _ in range(2))
+    affine.squared_errors_device(values.to(kernel_device), levels, plan, kept, lost)
+    exact = values * 2.0**-15
+    torch.testing.assert_close(kept.cpu(), exact.square().sum(dim=1), rtol=1e-13, atol=0)
+    rest = exact - affine.decode(data.cpu(), runs).double() * 256
+    torch.testing.assert_close(lost.cpu(), rest.square().sum(dim=1), rtol=1e-13, atol=0)
+    wide = torch.full((5, 344), 7.0, dtype=torch.float16, device=kernel_device)
+    affine.decode_device(data, plan, wide[:, :337])
+    assert torch.equal(wide[:, :337].cpu(), levels.cpu().clamp(-65504, 65504).half())
+    assert bool((wide[:, 337:] == 7.0).all())
+
+
 def test_ties_subnormals_and_ends_of_every_type(kernel_device: str) -> None:
     """Values placed on and next to the borders between codes: any other rounding shows."""
     generator = np.random.default_rng(fresh_seed())

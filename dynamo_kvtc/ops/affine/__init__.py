@@ -30,6 +30,7 @@ from dynamo_kvtc.ops.affine.device import (
     device_plan,
     encode_device,
     from_planes,
+    squared_errors_device,
     to_planes,
     valid_device,
 )
@@ -54,7 +55,7 @@ MAX_VALUE = 65504.0
 __all__ = [
     "CODE_BITS", "FP8", "FRACTION_BITS", "INT2", "INT4", "MAX_VALUE", "NONE", "RUN_BITS", "SIZES", "TYPES", "Layout",
     "decode", "decode_device", "device_plan", "encode", "encode_device", "from_planes", "layout", "normalise",
-    "run_errors", "to_planes", "valid", "valid_device",
+    "run_errors", "squared_errors_device", "to_planes", "valid", "valid_device",
 ]  # fmt: skip
 
 

@@ -48,12 +48,36 @@ def encode_device(
 
 
 def decode_device(data: Tensor, plan: Plan, out: Tensor | None = None) -> Tensor:
-    """``decode`` on the device, bit for bit: float32 [T, n] (out, contiguous) from uint8 [T, plan.width]."""
+    """``decode`` on the device: float32 [T, n] (out, any row stride) from uint8 [T, plan.width], bit for bit.
+
+    An out of float16 gets the same numbers rounded, those beyond float16 its largest.
+    """
     _shape("data", data, torch.uint8, (-1, plan.width), plan)
-    out = _or_new("out", out, torch.float32, (data.shape[0], plan.columns), plan, contiguous=True)
+    dtype = torch.float16 if out is not None and out.dtype == torch.float16 else torch.float32
+    out = _or_new("out", out, dtype, (data.shape[0], plan.columns), plan)
     if out.numel():
         _kernels(plan.device).decode(data, plan, out)
     return out
+
+
+def squared_errors_device(values: Tensor, levels: Tensor, plan: Plan, kept: Tensor, lost: Tensor) -> None:
+    """Per token, in input units squared: kept float64 [T], the energy of exact coefficients, and lost float64 [T],
+    that of what quantising them loses.
+
+    values: float64 [T, n] as for ``encode_device``; levels: float32 [T, n] from ``decode_device``; both contiguous.
+    Each term is what float64 on a CPU gives; the order of a sum is the device's.
+    """
+    for name, x, dtype in (("values", values, torch.float64), ("levels", levels, torch.float32)):
+        _shape(name, x, dtype, (-1, plan.columns), plan)
+        if not x.is_contiguous():
+            raise ConfigError(f"{name} must be contiguous; its strides are {x.stride()}")
+    for name, x in (("levels", levels[:, 0] if plan.columns else kept), ("kept", kept), ("lost", lost)):
+        if len(x) != len(values):
+            raise ConfigError(f"{name} has {len(x)} tokens; values have {len(values)}")
+    for name, x in (("kept", kept), ("lost", lost)):
+        _shape(name, x, torch.float64, (len(values),), plan)
+    if len(kept):
+        _kernels(plan.device).errors(values, levels, kept, lost)
 
 
 def valid_device(data: Tensor, plan: Plan, out: Tensor | None = None) -> Tensor:

@@ -215,7 +215,9 @@ def _half(row, j, mask):
 
 
 @triton.jit
-def _decode_kernel(data, out, run_of, byte_of, where, runs, columns, stride, BLOCK: tl.constexpr):
+def _decode_kernel(
+    data, out, run_of, byte_of, where, runs, columns, stride, out_stride, HALF: tl.constexpr, BLOCK: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = c < columns
@@ -232,7 +234,25 @@ def _decode_kernel(data, out, run_of, byte_of, where, runs, columns, stride, BLO
     code = tl.where(kind == 3, fp8, whole.to(tl.float32))
     run = tl.load(run_of + c, mask=mask, other=0)
     scale, shift = _half(row, run, mask), _half(row, runs + run, mask)
-    tl.store(out + token * columns + c, code * scale + shift, mask=mask)
+    v = code * scale + shift
+    if HALF:
+        # An infinity would make the product's whole row NaN.
+        v = tl.minimum(tl.maximum(v, -65504.0), 65504.0).to(tl.float16)
+    tl.store(out + token * out_stride + c, v, mask=mask)
+
+
+@triton.jit
+def _errors_kernel(values, levels, kept, lost, columns, UNIT: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    energy, error = tl.zeros((BLOCK,), dtype=tl.float64), tl.zeros((BLOCK,), dtype=tl.float64)
+    for first in range(0, columns, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        exact = tl.load(values + token * columns + c, mask=c < columns, other=0.0) * UNIT
+        rest = exact - tl.load(levels + token * columns + c, mask=c < columns, other=0.0).to(tl.float64) * LEVEL
+        energy += exact * exact
+        error += rest * rest
+    tl.store(kept + token, tl.sum(energy, axis=0))
+    tl.store(lost + token, tl.sum(error, axis=0))
 
 
 @triton.jit
@@ -305,7 +325,15 @@ def encode(values: Tensor, p: Plan, out: Tensor, overflow: Tensor, stats: Tensor
 def decode(data: Tensor, p: Plan, out: Tensor) -> None:
     with _on(data.device):
         _decode_kernel[(data.shape[0], triton.cdiv(p.columns, _COLUMNS))](
-            data, out, p.run_of, p.byte_of, p.where, p.runs, p.columns, data.stride(0), BLOCK=_COLUMNS, num_warps=4,
+            data, out, p.run_of, p.byte_of, p.where, p.runs, p.columns, data.stride(0), out.stride(0),
+            HALF=out.dtype == torch.float16, BLOCK=_COLUMNS, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def errors(values: Tensor, levels: Tensor, kept: Tensor, lost: Tensor) -> None:
+    with _on(values.device):
+        _errors_kernel[(len(values),)](
+            values, levels, kept, lost, values.shape[1], UNIT=2.0**-15, LEVEL=256.0, BLOCK=_COLUMNS, num_warps=4,
             enable_fp_fusion=False,
         )  # fmt: skip
 

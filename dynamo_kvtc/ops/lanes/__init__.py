@@ -69,6 +69,13 @@ def read(
     )  # fmt: skip
 
 
+def verify(crc: Tensor, expected: Tensor, status: Tensor) -> None:
+    """status int32 [B] becomes BAD_CHECKSUM for sound blocks whose crc int32 [B] is not the expected one."""
+    from dynamo_kvtc.ops.lanes import triton as kernels
+
+    kernels.verify[(-(-len(crc) // _TOKENS),)](crc, expected, status, len(crc), _TOKENS)
+
+
 def judge(
     bad: Tensor, first: Tensor, counts: Tensor, status: Tensor, slots: Tensor, keep: Tensor, chosen: Tensor, split: int,
     most: int,

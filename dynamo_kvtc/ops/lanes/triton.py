@@ -81,8 +81,8 @@ def _copy_words(words, stride, cap, lengths, word_at, target, lanes, ROWS: tl.co
 
 
 @triton.jit
-def _read(data, base, size, crc, expected, first, counts, status, starts, lengths, parameters, offsets, top, NEUTRAL: tl.constexpr,
-          CLASSES: tl.constexpr, S: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+def _read(data, base, size, crc, expected, first, counts, status, starts, lengths, parameters, offsets, top,
+          NEUTRAL: tl.constexpr, CLASSES: tl.constexpr, S: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """Where each lane of each block's payload lies, in words of ``data``; length 0 where the payload is not sound."""
     block = tl.program_id(0)
     begin = tl.load(first + block)
@@ -155,8 +155,19 @@ def _select(status, block_of, slots, chosen, tokens, BLOCK: tl.constexpr):
     tl.store(chosen + t, tl.where(good, tl.load(slots + t, mask=here, other=-1), -1), mask=here)
 
 
+@triton.jit
+def _verify(crc, expected, status, blocks, BLOCK: tl.constexpr):
+    """status = 1 for a sound block whose checksum differs."""
+    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = b < blocks
+    differs = tl.load(crc + b, mask=here, other=0) != tl.load(expected + b, mask=here, other=0)
+    sound = tl.load(status + b, mask=here, other=1) == 0
+    tl.store(status + b, tl.full((BLOCK,), 1, tl.int32), mask=here & differs & sound)
+
+
 def power(n: int) -> int:
     return triton.next_power_of_2(max(n, 1))
 
 
-measure, write, copy_words, read, judge, select = _measure, _write, _copy_words, _read, _judge, _select
+measure, write, copy_words, read = _measure, _write, _copy_words, _read
+verify, judge, select = _verify, _judge, _select

@@ -13,6 +13,10 @@ from dynamo_kvtc.ops.project import BASIS_BITS
 ALIGNMENT = 16
 """Bytes: rows of what a kernel reads through a tensor descriptor start at multiples of it."""
 MIN_FRONT = 32
+LIMBS_MAX = 32639
+"""Largest number of two limbs, 127 * 256 + 127."""
+MAX_LIMB_SUM = 2**17 - 1
+"""Products of two limbs, each up to 2**14, that fit int32 when added."""
 _LIMB = 256
 
 
@@ -87,11 +91,86 @@ def analyse_device(low: Tensor, high: Tensor, basis: Analysis, out: Tensor) -> N
 
 
 @dataclass(frozen=True)
+class WideAnalysis:
+    """Operands for ``analyse_wide_device``: R components of P channels, columns ``offset`` on of its inputs.
+
+    limbs: int8 [2R, offset + P], rows aligned: the components' high limbs, then their low ones; zeros before offset.
+    sign: int32 [R], -1 for a component that is kept negated.
+    """
+
+    limbs: Tensor
+    sign: Tensor
+    offset: int
+
+    @classmethod
+    def of(cls, basis: Tensor, offset: int = 0) -> WideAnalysis:
+        """basis: int16 [P, R], on the device to be used. Raises ConfigError if a product's sums could leave 32 bits, or
+        a column has entries beyond 32,639 of both signs, which no orthonormal basis has."""
+        if len(basis) > MAX_LIMB_SUM:
+            raise ConfigError(
+                f"{len(basis)} channels; exact sums of limbs take at most {MAX_LIMB_SUM}: more layer groups"
+            )
+        # High limbs go down to -128 but up to 127 only: a column with an entry next to 32,768 is kept negated.
+        negated = (basis > LIMBS_MAX).any(dim=0)
+        if bool((negated & (basis < -LIMBS_MAX).any(dim=0)).any()):
+            raise ConfigError(
+                f"a component has weights beyond {LIMBS_MAX} of both signs; none of an orthonormal basis has"
+            )
+        sign = 1 - 2 * negated.to(torch.int32)
+        both = torch.zeros(2 * basis.shape[1], offset + len(basis), dtype=torch.int8, device=basis.device)
+        for i, limb in enumerate(limbs((basis * sign.to(torch.int16)).T)):
+            both[i * basis.shape[1] : (i + 1) * basis.shape[1], offset:] = limb
+        return cls(aligned(both), sign, offset)
+
+    @property
+    def rank(self) -> int:
+        return len(self.sign)
+
+    @property
+    def nbytes(self) -> int:
+        return self.limbs.untyped_storage().nbytes()
+
+
+def analyse_wide_device(inputs: Tensor, basis: WideAnalysis, out: Tensor, products: Tensor) -> None:
+    """``analyse_wide`` on the device: exact coefficients, float64 [T, R] (out, contiguous).
+
+    inputs: int8 [2T, offset + P], rows aligned: the tokens' low limbs, then their high ones, each within -128..127 as
+    ``ops.pages.gather_fixed`` writes them; columns before offset do not matter. products: int32 [2T, 2R], contiguous,
+    workspace. Raises ConfigError for another dtype or shape.
+    """
+    from dynamo_kvtc.ops.project import triton as kernels
+
+    _check_operand("inputs", inputs, torch.int8)
+    tokens, rank = len(inputs) // 2, basis.rank
+    if len(inputs) % 2 or inputs.shape[1] != basis.limbs.shape[1]:
+        raise ConfigError(f"inputs must be int8 [2T, {basis.limbs.shape[1]}]; got {tuple(inputs.shape)}")
+    for name, x, dtype, shape in (
+        ("out", out, torch.float64, (tokens, rank)), ("products", products, torch.int32, (2 * tokens, 2 * rank)),
+    ):  # fmt: skip
+        if x.dtype != dtype or x.shape != shape or not x.is_contiguous():
+            raise ConfigError(f"{name} must be {dtype} {list(shape)}, contiguous; got {x.dtype} {tuple(x.shape)}")
+    if tokens and rank:
+        kernels.analyse_wide(inputs, basis.limbs, basis.sign, products, out)
+
+
+def square_sums_device(inputs: Tensor, out: Tensor) -> None:
+    """out int64 [T]: sums of the squares of inputs given as limbs, int8 [2T, P], low ones first, rows aligned."""
+    from dynamo_kvtc.ops.project import triton as kernels
+
+    _check_operand("inputs", inputs, torch.int8)
+    if out.dtype != torch.int64 or out.shape != (len(inputs) // 2,) or len(inputs) % 2 or not out.is_contiguous():
+        raise ConfigError(f"out must be int64 [{len(inputs) // 2}]; got {out.dtype} {tuple(out.shape)}")
+    if len(out):
+        kernels.square_sums(inputs, out)
+
+
+@dataclass(frozen=True)
 class Synthesis:
     """A layer group's operands for ``synthesise_into_pages``. Columns are padded heads (``head_columns``), Pp in all.
 
     narrow: int8 [Pp, N]; wide: float16 [Pp, W], zeros for the leading components; front: float16 [Pp, F'], zeros for
-    the others; gain, mean: float32 [Pp]; narrow_unit: steps per unit of the narrow product.
+    the others; gain, mean: float32 [Pp]; narrow_unit: steps per unit of the narrow product; first_head: the head of the
+    first column, of K's Lg H heads and then V's: K or V may come alone.
     """
 
     narrow: Tensor
@@ -105,6 +184,7 @@ class Synthesis:
     head: int
     interleaved: bool
     scaling: float
+    first_head: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -146,9 +226,10 @@ def head_columns(head_dim: int, pairs: int, interleaved: bool) -> Tensor:
 
 def synthesis_operands(
     wide: Tensor, narrow: Tensor, leading: int, exponent: int, gain: Tensor, mean: Tensor, layers: tuple[int, int],
-    heads: int, head_dim: int, pairs: int, interleaved: bool, scaling: float,
+    heads: int, head_dim: int, pairs: int, interleaved: bool, scaling: float, first_head: int = 0,
 ) -> Synthesis:  # fmt: skip
-    """wide: int16 [P, W]; narrow: int8 [P, N]; gain, mean: float32 [P]; on the device to be used. P = 2 Lg H D."""
+    """wide: int16 [P, W]; narrow: int8 [P, N]; gain, mean: float32 [P]; on the device to be used. P = 2 Lg H D, or half
+    of it for K (first_head 0) or V (first_head Lg H) alone."""
     columns = head_columns(head_dim, pairs, interleaved).to(wide.device)
     units = len(mean) // head_dim
     index = (torch.arange(units, device=wide.device)[:, None] * head_dim + columns).where(columns >= 0, -1).reshape(-1)
@@ -165,7 +246,7 @@ def synthesis_operands(
     full[:, :leading] = 0
     return Synthesis(
         aligned(rows(narrow)), aligned(full), aligned(front), rows(gain), rows(mean), 2.0**-exponent, layers[0],
-        layers[1] - layers[0], len(columns), interleaved, scaling,
+        layers[1] - layers[0], len(columns), interleaved, scaling, first_head,
     )  # fmt: skip
 
 

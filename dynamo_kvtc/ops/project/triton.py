@@ -19,6 +19,7 @@ SMALL_TILE = (128, 64, 128, 4, 4)
 """For few tokens, so that every multiprocessor has a tile."""
 INTERPRETED_TILE = (16, 128, 64, 4, 1)
 _GROUP = 8
+_ELEMENTS = 1024
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -78,13 +79,74 @@ def analyse(low: Tensor, high: Tensor, b_low: Tensor, b_high: Tensor, out: Tenso
 
 
 @triton.jit
+def _multiply(a, b, c, rows_a, rows_b, depth, stride_a, stride_b, programs, BM: tl.constexpr, BN: tl.constexpr,
+              BK: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """c = a @ b.T, int32."""
+    da = tl.make_tensor_descriptor(a, shape=[rows_a, depth], strides=[stride_a, 1], block_shape=[BM, BK])
+    db = tl.make_tensor_descriptor(b, shape=[rows_b, depth], strides=[stride_b, 1], block_shape=[BN, BK])
+    rows, columns = tl.cdiv(rows_a, BM), tl.cdiv(rows_b, BN)
+    for tile in range(tl.program_id(0), rows * columns, programs):
+        pm, pn = _place(tile, rows, columns, GROUP)
+        rm, rn = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
+        acc = tl.zeros((BM, BN), dtype=tl.int32)
+        for k in range(0, depth, BK):
+            acc = tl.dot(da.load([pm * BM, k]), db.load([pn * BN, k]).T, acc, out_dtype=tl.int32)
+        out = c + rm.to(tl.int64)[:, None] * rows_b + rn[None, :]
+        tl.store(out, acc, mask=(rm < rows_a)[:, None] & (rn < rows_b)[None, :])
+
+
+@triton.jit
+def _combine(products, sign, out, tokens, rank, BLOCK: tl.constexpr):
+    """Coefficients from products of limbs: rows of the inputs' low limbs, then high; columns of high ones, then low."""
+    token = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = j < rank
+    low = products + token * (2 * rank) + j
+    high = products + (token + tokens) * (2 * rank) + j
+    hh, hl = tl.load(high, mask=mask, other=0).to(tl.int64), tl.load(high + rank, mask=mask, other=0).to(tl.int64)
+    lh, ll = tl.load(low, mask=mask, other=0).to(tl.int64), tl.load(low + rank, mask=mask, other=0).to(tl.int64)
+    total = (hh * 65536 + (hl + lh) * 256 + ll) * tl.load(sign + j, mask=mask, other=1)
+    tl.store(out + token * rank + j, total.to(tl.float64), mask=mask)
+
+
+@triton.jit
+def _square_sums(inputs, out, tokens, columns, stride, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    low, high = inputs + token * stride, inputs + (token + tokens) * stride
+    total = tl.zeros((BLOCK,), dtype=tl.int64)
+    for k in range(0, columns, BLOCK):
+        j = k + tl.arange(0, BLOCK)
+        f = tl.load(high + j, mask=j < columns, other=0).to(tl.int32) * 256
+        f += tl.load(low + j, mask=j < columns, other=0).to(tl.int32)
+        total += (f * f).to(tl.int64)
+    tl.store(out + token, tl.sum(total, axis=0))
+
+
+def analyse_wide(inputs: Tensor, basis: Tensor, sign: Tensor, products: Tensor, out: Tensor) -> None:
+    """See ``ops.project.device.analyse_wide_device``."""
+    rows, columns = products.shape
+    tile, programs = _tile(rows, columns, out)
+    _multiply[(programs,)](
+        inputs, basis, products, rows, columns, inputs.shape[1], inputs.stride(0), basis.stride(0), programs, *tile[:3],
+        _GROUP, num_warps=tile[3], num_stages=tile[4],
+    )  # fmt: skip
+    tokens, rank = out.shape
+    _combine[(tokens, triton.cdiv(rank, _ELEMENTS))](products, sign, out, tokens, rank, _ELEMENTS, num_warps=4)
+
+
+def square_sums(inputs: Tensor, out: Tensor) -> None:
+    """See ``ops.project.device.square_sums_device``."""
+    _square_sums[(len(out),)](inputs, out, len(out), inputs.shape[1], inputs.stride(0), _ELEMENTS, num_warps=4)
+
+
+@triton.jit
 def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_narrow, k_wide, stride_narrow,
-                stride_wide, stride_bn, stride_bw, stride_bf, narrow_unit, shrink, parameters, synthesis, mean, cos,
-                sin, addresses, slots, keep, first_layer, layers, heads, block_tokens, stride_block, stride_head,
-                stride_token, programs, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
-                INTERLEAVED: tl.constexpr, scaling, top, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                BK: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr, ITEM: tl.constexpr,
-                DTYPE: tl.constexpr):  # fmt: skip
+                stride_wide, stride_bn, stride_bw, stride_bf, narrow_unit, shrink, parameters,
+                synthesis, mean, cos, sin, addresses, slots, keep, first_layer, layers, heads, first_head,
+                block_tokens, stride_block, stride_head, stride_token, programs, D: tl.constexpr, HALF: tl.constexpr,
+                PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, scaling, top, ROWS: tl.constexpr, BM: tl.constexpr,
+                BN: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
+                ITEM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Channels of whole heads from levels, RoPE applied, into the pages. A tile is ROWS heads of BN / ROWS columns.
 
     Column c of a head is dim c // 2 of the first halves (even c) or of the second halves (odd c): the two dims that
@@ -122,10 +184,11 @@ def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_nar
         # A tile of one head has one base address, so its stores are plainly contiguous.
         if ROWS == 1:
             i = tl.arange(0, BN // 2)
-            head = pn
+            own = pn
         else:
             i = tl.arange(0, BN // 2) % (HEAD // 2)
-            head = (pn * (BN // 2) + tl.arange(0, BN // 2)) // (HEAD // 2)
+            own = (pn * (BN // 2) + tl.arange(0, BN // 2)) // (HEAD // 2)
+        head = first_head + own
         is_k = head < layers * heads
         within = tl.where(is_k, head, head - layers * heads)
         turned = (i < PAIRS) & is_k
@@ -137,7 +200,7 @@ def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_nar
         y = (second * c + first * s) * scale
         x = tl.minimum(tl.maximum(x, -top), top).to(DTYPE)
         y = tl.minimum(tl.maximum(y, -top), top).to(DTYPE)
-        real = (head < 2 * layers * heads) & (i < HALF)
+        real = (own < channels // HEAD) & (i < HALF)
         # Base addresses are bytes, strides elements.
         which = (first_layer + within // heads) * 2 + tl.where(is_k, 0, 1)
         if ROWS == 1:
@@ -177,10 +240,11 @@ def synthesise(
         narrow, wide, basis.narrow, basis.wide, basis.front, tokens, channels, narrow.shape[1], wide.shape[1],
         narrow.stride(0), wide.stride(0), basis.narrow.stride(0), basis.wide.stride(0), basis.front.stride(0),
         basis.narrow_unit, shrink, parameters, basis.gain, basis.mean, cos, sin, pages.addresses, slots, keep,
-        basis.first_layer, basis.layers, pages.heads, pages.block_tokens, pages.stride_block, pages.stride_head,
-        pages.stride_token, programs, pages.head_dim, (pages.head_dim + 1) // 2, cos.shape[1], basis.interleaved,
-        basis.scaling, torch.finfo(pages.dtype).max, bn // basis.head, bm, bn, bk, basis.front.shape[1], _GROUP,
-        pages.alignment, pages.dtype.itemsize, _TL[pages.dtype], num_warps=warps, num_stages=stages,
+        basis.first_layer, basis.layers, pages.heads, basis.first_head, pages.block_tokens, pages.stride_block,
+        pages.stride_head, pages.stride_token, programs, pages.head_dim, (pages.head_dim + 1) // 2, cos.shape[1],
+        basis.interleaved, basis.scaling, torch.finfo(pages.dtype).max, bn // basis.head, bm, bn, bk,
+        basis.front.shape[1], _GROUP, pages.alignment, pages.dtype.itemsize, _TL[pages.dtype], num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
 
 

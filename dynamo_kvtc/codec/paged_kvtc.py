@@ -1,0 +1,157 @@
+"""Profile ``kvtc`` on the GPU path: int8 product, quantiser and rANS; see ``codec.paged``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dynamo_kvtc.codec.kvtc_point import WIDE_STEP
+from dynamo_kvtc.codec.lanes import HEAD, OFFSET_CLASSES, OFFSET_NEUTRAL
+from dynamo_kvtc.codec.paged_decode import Coded, Decoder
+from dynamo_kvtc.codec.paged_encode import EncodeChunk, Encoder
+from dynamo_kvtc.codec.paged_groups import PagedPoint, operand
+from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.ops import lanes, quantize, rans
+from dynamo_kvtc.ops.checksum import copy_ranges_device
+from dynamo_kvtc.ops.pages import FixedRows, gather_fixed
+from dynamo_kvtc.ops.project.device import analyse_device, synthesise_into_pages
+from dynamo_kvtc.ops.quantize.device import quantise_device
+
+if TYPE_CHECKING:
+    from dynamo_kvtc.codec.paged import PagedCodec
+
+
+class KvtcEncoder(Encoder):
+    def __init__(self, codec: PagedCodec, point: PagedPoint) -> None:
+        t = codec.limits.encode_tokens
+        super().__init__(codec, t)
+        device, groups, self._lanes = self._device, point.groups, point.lanes
+        self._point = point
+        self._low = operand(t, max(g.channels for g in groups), torch.int8, device)
+        self._high = operand(t, max(g.wide_inputs for g in groups), torch.int8, device)
+        self._no_high = operand(t, 0, torch.int8, device)
+        self._energy = torch.empty(t, dtype=torch.int64, device=device)
+        self._saturated = torch.empty(t, dtype=torch.uint8, device=device)
+        rank = max(g.rank for g in groups)
+        self._coefficients = torch.empty(t, max(rank, 1), dtype=torch.int32, device=device)
+        self._symbols = [torch.empty(t, max(g.rank, 1), dtype=torch.int16, device=device) for g in groups]
+        self._parameters = torch.empty(2, len(groups), t, dtype=torch.uint8, device=device)
+        self._words = [
+            [
+                torch.empty(t * self._lanes, 2 * -(-g.rank // self._lanes) + 2, dtype=torch.int16, device=device)
+                for g in groups
+            ]
+            for _ in range(2)
+        ]
+        self._lengths = torch.empty(2, len(groups), t * self._lanes, dtype=torch.int32, device=device)
+        self._word_at = torch.empty(t * self._lanes, dtype=torch.int64, device=device)
+
+    def _quantise(self, g: int, n: int, turn: int, sent: dict[str, Tensor], cos: Tensor, sin: Tensor) -> None:
+        codec, group = self._codec, self._point.groups[g]
+        rows = FixedRows(
+            self._low[:n, : group.channels], self._high[:n, : max(group.wide_inputs, 1)], self._energy[:n],
+            self._saturated[:n],
+        )  # fmt: skip
+        rope = codec.artifact.manifest.rope
+        gather_fixed(codec.cache, group.layers, sent["slots"], cos, sin, rope, group.inputs, rows)
+        codec.mark("gather")
+        coefficients = self._coefficients[:n, : group.rank]
+        high = rows.high if group.wide_inputs else self._no_high[:n]
+        analyse_device(rows.low, high, group.analysis, coefficients)
+        codec.mark("project")
+        quantise_device(
+            coefficients, rows.energy, rows.saturated, group.quantiser, self._symbols[g][:n, : group.rank],
+            self._parameters[turn, g, :n], self._error[g, :n],
+        )  # fmt: skip
+        codec.mark("quantise")
+
+    def _code(self, g: int, n: int, turn: int, sent: dict[str, Tensor], counts: NDArray[np.int32]) -> None:
+        group, skip = self._point.groups[g], self._skip[turn, :n]
+        parameters = self._parameters[turn, g, :n]
+        offsets = ((parameters // 16).to(torch.int8) - 8) * 2
+        lengths = self._lengths[turn, g, : n * self._lanes]
+        rans.encode_lanes_device(
+            self._symbols[g][:n, : group.rank], group.classes, self._point.tables, self._words[turn][g][: len(lengths)],
+            lengths, offsets=offsets, skip=skip, first=group.leading, lanes_per_token=self._lanes,
+        )  # fmt: skip
+        lanes.measure(
+            lengths, skip, sent["first"], sent["counts"], self._measured[turn, g, : len(counts)], self._lanes,
+            int(counts.max()),
+        )  # fmt: skip
+        self._codec.mark("rANS")
+
+    def _payload_bytes(self, measured: NDArray[np.int64]) -> NDArray[np.int64]:
+        """From least, most, words and coded tokens of each block. Raises ConfigError for a lane that is too long."""
+        least, most, words, coded = measured.T
+        if most.max() > 0xFFFF:
+            raise ConfigError(f"a rANS lane of {most.max()} words; a record holds at most 65535: use more layer groups")
+        spread = np.where(coded > 0, most - least, 0)
+        width = np.where(spread == 0, 0, np.where(spread < 256, 1, 2))
+        body = coded * self._lanes * width + coded
+        return np.where(coded > 0, HEAD.size + body + body % 2 + 2 * words, 0)
+
+    def _payloads(
+        self, g: int, chunk: EncodeChunk, part: slice, tokens: slice, sent: dict[str, Tensor], most: int
+    ) -> None:
+        lane = slice(tokens.start * self._lanes, tokens.stop * self._lanes)
+        words = self._staging[: len(self._staging) // 2 * 2].view(torch.int16)
+        lanes.write(
+            self._lengths[chunk.turn, g, lane], self._skip[chunk.turn, tokens], sent["first"], sent["counts"],
+            self._parameters[chunk.turn, g, tokens], sent["payload_base"][g], self._words[chunk.turn][g][lane],
+            self._staging, words, self._word_at[: lane.stop - lane.start], self._lanes, int(chunk.counts[part].max()),
+        )  # fmt: skip
+
+
+class KvtcDecoder(Decoder):
+    def __init__(self, codec: PagedCodec, point: PagedPoint) -> None:
+        super().__init__(codec)
+        self._point, self._lanes = point, point.lanes
+        t, device = codec.limits.decode_tokens, self._device
+        # Where a layer group has no component of a kind, its product reads columns of zeros that are never written.
+        self._narrow = [operand(t, g.narrow, torch.int8, device) for g in point.groups]
+        self._wide = [operand(t, g.wide, torch.float16, device) for g in point.groups]
+        self._starts = torch.empty(t * self._lanes, dtype=torch.int64, device=device)
+        self._lengths = torch.empty(t * self._lanes, dtype=torch.int32, device=device)
+        self._bad = torch.empty(t * self._lanes, dtype=torch.int32, device=device)
+        self._parameters = torch.empty(t, dtype=torch.uint8, device=device)
+        self._offsets = torch.empty(t, dtype=torch.int8, device=device)
+
+    def _arrays(self, g: int, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
+        room = np.where(coded.short, 1, coded.section - coded.exact)
+        return {"payload": coded.where + coded.exact, "room": room}, coded.where
+
+    def _receive(self, ring: Tensor, sent: dict[str, Tensor], crc: Tensor, most: int) -> Tensor:
+        copy_ranges_device(ring, sent["where"], sent["section"], None, None, crc, most)
+        return ring
+
+    def _coded(
+        self, g: int, ring: Tensor, sent: dict[str, Tensor], status: Tensor, n: int, most: int,
+        angles: tuple[Tensor, Tensor],
+    ) -> None:  # fmt: skip
+        codec, point, split, group = self._codec, self._point, self._lanes, self._point.groups[g]
+        starts, lengths, bad = (x[: n * split] for x in (self._starts, self._lengths, self._bad))
+        parameters, offsets = self._parameters[:n], self._offsets[:n]
+        lanes.read(
+            ring, sent["payload"], sent["room"], self._crc, sent["crc"], sent["first"], sent["counts"], status, starts,
+            lengths, parameters, offsets, split, most, OFFSET_NEUTRAL, OFFSET_CLASSES, quantize.FINENESS_LEVELS - 1,
+        )  # fmt: skip
+        if not n:
+            return
+        narrow, wide = self._narrow[g][:n], self._wide[g][:n]
+        words = ring[: len(ring) // 2 * 2].view(torch.int16)
+        rans.decode_levels_device(
+            words, starts, lengths, group.classes, point.tables, wide, narrow, bad, centroid=group.centroid,
+            scale=group.scale, bias=group.level_bias, wide_components=-(-group.wide // WIDE_STEP) * WIDE_STEP,
+            offsets=offsets, first=group.leading, lanes_per_token=split,
+        )  # fmt: skip
+        codec.mark("rANS")
+        keep, chosen = self._keep[:n], self._chosen[:n]
+        lanes.judge(bad, sent["first"], sent["counts"], status, sent["slots"], keep, chosen, split, most)
+        synthesise_into_pages(
+            narrow, wide, group.synthesis, parameters, point.shrink, *angles, codec.pages, chosen, keep
+        )
+        codec.mark("project")
