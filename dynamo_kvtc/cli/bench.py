@@ -66,16 +66,9 @@ def codec_command(
     rows = []
     for shape in shapes:
         case = CodecCase(
-            shape,
-            ratios,
-            tokens,
-            requests,
-            groups=groups,
-            max_rank=max_rank,
-            lanes=lanes,
-            prefill=prefill,
+            shape, ratios, tokens, requests, groups=groups, max_rank=max_rank, lanes=lanes, prefill=prefill,
             limits=limits,
-        )
+        )  # fmt: skip
         rows += run(case, lambda told: click.echo(told, err=True))
     console = Console()
     console.print(table(rows))

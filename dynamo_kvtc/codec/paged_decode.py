@@ -60,7 +60,7 @@ class Restore:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What all layer groups of a chunk share: sound: bool [B]; exact_of: int64 [B], exact tokens; arrays for the GPU."""
+    """What a chunk's layer groups share: sound: bool [B]; exact_of: int64 [B], exact tokens; arrays for the GPU."""
 
     sound: NDArray[np.bool_]
     exact_of: NDArray[np.int64]
@@ -170,7 +170,7 @@ class Decoder(ABC):
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             status.copy_(host, non_blocking=True)
-            turn, angles = 0, {}
+            turn, angles = 0, dict[int, tuple[Tensor, Tensor]]()
             for g in range(len(self._codec.artifact.manifest.groups)):
                 for chunk in chunks:
                     self._group(arena, g, chunk, blocks, batch, status, turn % _RING, angles)

@@ -16,11 +16,16 @@ _RUNS = 3
 class Dimensions(Protocol):
     """A decoder's dimensions."""
 
-    kv: KVShape
-    hidden: int
-    intermediate: int
-    heads: int
-    vocabulary: int
+    @property
+    def kv(self) -> KVShape: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
 
 
 def prefill_seconds(model: Dimensions, tokens: int, device: str = "cuda") -> float:

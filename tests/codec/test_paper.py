@@ -267,7 +267,8 @@ def test_kernels_make_and_read_the_payloads_bytes(small: Source, kernel_device: 
     split = group.k.runs.width
     parts = ((group.k, k, data[:, :split]), (group.v, v, data[:, split:]))
     for part, x, out in parts:
-        coefficients, _, _ = project.analyse(to_rows(x[:1].float()), part.mean, part.analysis_gain, part.basis)
+        fixed, _, _ = project.fixed_point(to_rows(x[:1].float()), part.mean, part.analysis_gain)
+        coefficients = project.analyse_wide(fixed, part.basis)
         plan = affine.device_plan(part.host_runs, kernel_device)
         affine.encode_device(coefficients.to(kernel_device), plan, out)
     planes = torch.empty(data.numel(), dtype=torch.uint8, device=kernel_device)

@@ -46,8 +46,8 @@ CODE_BITS = {NONE: 0, INT2: 2, INT4: 4, FP8: 8}
 RUN_BITS = 32
 """Bits of a quantised run's scale and shift."""
 
-FRACTION_BITS = 23
-"""Fraction bits of an exact coefficient once normalised: the basis's 15, and 8 more of fixed-point input units."""
+FRACTION_BITS = 22
+"""Fraction bits of an exact coefficient once normalised: the basis's 14, and 8 more of fixed-point input units."""
 
 MAX_VALUE = 65504.0
 """Largest finite float16."""

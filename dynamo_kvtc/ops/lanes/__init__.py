@@ -33,7 +33,7 @@ def write(
     """Payloads into target, block b's from byte base[b] (even) on.
 
     parameters: uint8 [T]; base: int64 [B]; words: int16 [T * S, cap], a lane's words at the end of its row; target:
-    uint8 [bytes], target_words: the same memory as int16; word_at: int64 [T * S], workspace. The rest as in ``measure``.
+    uint8 [bytes], target_words: the same memory as int16; word_at: int64 [T * S], workspace. Others as in ``measure``.
     """
     from dynamo_kvtc.ops.lanes import triton as kernels
 
@@ -64,8 +64,8 @@ def read(
 
     tokens = kernels.power(most)
     kernels.read[(len(first),)](
-        data, base, size, crc, expected, first, counts, status, starts, lengths, parameters, offsets, top, neutral, classes, split,
-        tokens * split, tokens,
+        data, base, size, crc, expected, first, counts, status, starts, lengths, parameters, offsets, top, neutral,
+        classes, split, tokens * split, tokens,
     )  # fmt: skip
 
 

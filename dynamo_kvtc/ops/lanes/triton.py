@@ -82,7 +82,8 @@ def _copy_words(words, stride, cap, lengths, word_at, target, lanes, ROWS: tl.co
 
 @triton.jit
 def _read(data, base, size, crc, expected, first, counts, status, starts, lengths, parameters, offsets, top,
-          NEUTRAL: tl.constexpr, CLASSES: tl.constexpr, S: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+          NEUTRAL: tl.constexpr, CLASSES: tl.constexpr, S: tl.constexpr, LANES: tl.constexpr,
+          TOKENS: tl.constexpr):  # fmt: skip
     """Where each lane of each block's payload lies, in words of ``data``; length 0 where the payload is not sound."""
     block = tl.program_id(0)
     begin = tl.load(first + block)
