@@ -16,7 +16,7 @@ from dynamo_kvtc.errors import ConfigError, MissingDependencyError
 Row = dict[str, Any]
 
 _COLUMNS = (
-    "shape", "tokens", "ratio", "rank", "raw copy in", "restore", "", "first group", "raw copy out", "encode", "",
+    "shape", "tokens", "ratio", "rank", "raw copy in", "restore", "faster", "first group", "raw copy out", "encode", "faster",
     "prefill", "512 tokens",
 )  # fmt: skip
 _COLOURS = {

@@ -181,3 +181,16 @@ def test_a_gpu_rotates_bit_for_bit_as_the_cpu():
     k = keys(generator, 2, 3, 999, 100)
     for operation in (apply_rope, remove_rope):
         assert same_bits(operation(k.cuda(), positions.cuda(), rope).cpu(), operation(k, positions, rope))
+
+
+def test_the_kernel_turns_by_the_same_bits(kernel_device):
+    from dynamo_kvtc.ops.rope import tables
+    from dynamo_kvtc.ops.rope import triton as kernels
+
+    generator = np.random.default_rng(fresh_seed())
+    own = tables.Tables(tuple(1e4 ** (-i / 7) for i in range(7)), torch.device("cpu"))
+    positions = torch.from_numpy(generator.integers(0, 2**31, 301))
+    parts = [(c.to(kernel_device), s.to(kernel_device)) for c, s in own._parts]
+    found = kernels.rotations(positions.to(kernel_device), parts, tables.BITS)
+    for mine, wanted in zip(found, own.at(positions), strict=True):
+        assert torch.equal(mine.cpu(), wanted)

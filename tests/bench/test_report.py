@@ -1,0 +1,76 @@
+"""What is said of a measurement: the README's table is the JSON's, and a picture can be drawn of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from dynamo_kvtc.bench.report import markdown, plot, stages
+from dynamo_kvtc.bench.synthetic import MEASURED_CHANNELS, Synthetic, rows_of, spectrum
+from dynamo_kvtc.cli.main import main
+from dynamo_kvtc.codec.pipeline import BlockCodec
+from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.types import KVShape
+
+ROOT = Path(__file__).parents[2]
+FILES = [ROOT / f"calibration/results/2026-11-22-h200/codec-{n}.json" for n in ("llama-20x", "llama-60x", "nemo-20x")]
+
+
+def rows():
+    return [row for file in FILES for row in json.loads(file.read_text())]
+
+
+def test_the_readme_shows_what_was_measured():
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("<!-- bench table -->\n")[1].split("<!-- /bench table -->")[0]
+    assert section == markdown(rows())
+    told = CliRunner().invoke(main, ["bench", "table", *map(str, FILES)])
+    assert told.exit_code == 0
+    assert told.output == section
+
+
+def test_a_row_is_consistent():
+    for row in rows():
+        assert row["record_bytes"] * 10 < row["raw_bytes"]
+        spent = sum(seconds for direction, _, seconds, _ in stages(row) if direction == "decode")
+        assert spent <= row["decode_s"] * 1.1
+        assert row["first_group_s"] < row["all_groups_s"]
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot(rows(), tmp_path / "stages.png")
+    assert (tmp_path / "stages.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match=r"\.png"):
+        plot(rows(), tmp_path / "stages.gif")
+
+
+def test_spectrum_is_the_measured_curve_stretched():
+    small, large = spectrum(MEASURED_CHANNELS, 0), spectrum(4 * MEASURED_CHANNELS, 0)
+    assert bool((small[1:] <= small[:-1]).all())
+    assert float(small[0]) == pytest.approx(21.7747, rel=1e-5)
+    torch.testing.assert_close(large[::4], small, rtol=1e-3, atol=1e-5)
+
+
+def test_a_synthetic_cache_reaches_the_ratio_it_was_made_for():
+    made = Synthetic(KVShape(4, 2, 64, "bfloat16"), (20.0,), 2, 400, 16, torch.device("cpu"))
+    cache, slots = made.cache(64)
+    positions = torch.arange(64)
+    made.fill(cache, slots, positions)
+    k, v = rows_of(cache, slots)
+    blocks = BlockCodec(made.artifact, "20").encode_blocks(k, v, positions)
+    exact = sum(b.exact.total for b in blocks)
+    coded = sum(len(b.record) for b in blocks) - exact * made.shape.bytes_per_token
+    assert (64 - exact) * made.shape.bytes_per_token / coded == pytest.approx(20, rel=0.15)
+
+
+def test_without_a_gpu_the_bench_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    told = CliRunner().invoke(main, ["bench", "codec"])
+    assert told.exit_code == 2
+    assert "NVIDIA GPU" in told.output
