@@ -16,8 +16,8 @@ from dynamo_kvtc.errors import ConfigError, MissingDependencyError
 Row = dict[str, Any]
 
 _COLUMNS = (
-    "shape", "tokens", "ratio", "rank", "raw copy in", "restore", "faster", "first group", "raw copy out", "encode", "faster",
-    "prefill", "512 tokens",
+    "shape", "tokens", "ratio", "rank", "raw copy in", "restore", "faster", "first group", "raw copy out", "encode",
+    "faster", "prefill", "512 tokens",
 )  # fmt: skip
 _COLOURS = {
     "copy": "#0072B2", "checksum": "#56B4E9", "rANS": "#E69F00", "rotations": "#999999", "project": "#009E73",

@@ -15,9 +15,8 @@ from torch import Tensor
 GUARDED = 64
 """Leading components that rounding errors are kept orthogonal to."""
 
-_LEVELS_PER_SIGMA = 60.0
-"""Sets the exponent. An entry of standard deviation 1 / sqrt(P) is 20 to 30 units at a scale of 2 or 3, and a symbol
-may then be 42 to 63: twice the scale would make twice as many components too large to be narrow."""
+_LEVELS_PER_SIGMA = 119.0
+"""Sets the exponent: an entry of standard deviation 1 / sqrt(P) is about 26 units at a scale of 5."""
 
 
 def exponent_of(channels: int) -> int:
