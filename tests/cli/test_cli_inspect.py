@@ -22,7 +22,9 @@ SHAPE = KVShape(layers=3, kv_heads=2, head_dim=8, dtype="bfloat16")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An artifact of two layer groups and a record of 16 tokens of it, 2 exact ones, with a gap before the last."""
     root = tmp_path_factory.mktemp("inspect")
-    manifest, tensors, artifact = make_artifact(SHAPE, groups=[(0, 1), (1, 3)], points=(("16", 0.1), ("kl=0.005", 0.3)))
+    manifest, tensors, artifact = make_artifact(
+        SHAPE, groups=[(0, 1), (1, 3)], components=24, points=(("16", 0.2), ("kl=0.005", 0.3))
+    )
     save_artifact(root / "a.safetensors", manifest, tensors)
     positions = torch.arange(100, 116)
     positions[-1] = 200

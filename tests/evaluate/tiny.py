@@ -15,9 +15,10 @@ import torch
 from dynamo_kvtc.calibrate.narrow import quantise_narrow
 from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Manifest, Point, save_artifact
 from dynamo_kvtc.codec.channels import join_rows
+from dynamo_kvtc.codec.kvtc_point import WIDE_STEP
 from dynamo_kvtc.ops import project
 from dynamo_kvtc.ops.rope import remove_rope
-from tests.builders import LEADING, class_scales, class_tensors, lane_tensors
+from tests.builders import class_scales, class_tensors, lane_tensors
 
 STEPS = (("8", 0.05), ("30", 0.6), ("kl=0.005", 0.2))
 WIDE_BELOW = 0.5
@@ -101,7 +102,7 @@ def write_artifact(path: Path, model: Any, steps: tuple[tuple[str, float], ...] 
                 nearest = np.abs(np.log(class_scales(8.0 / step)) - np.log(0.7 / step)).argmin()
                 classes = np.full(channels, int(nearest), dtype=np.uint8)
                 tensors[f"{name}.point{p}.classes"] = torch.from_numpy(classes)
-                wide = channels if step < WIDE_BELOW else min(LEADING, channels)
+                wide = channels if step < WIDE_BELOW else min(WIDE_STEP, channels)
                 tensors[f"{name}.point{p}.wide"] = torch.tensor([wide], dtype=torch.int32)
                 lane = lane_tensors(generator, np.full(channels, 1 / step), classes, 0.0, step, 0.5, 0.0)
                 tensors |= {f"{name}.point{p}.{key}": value for key, value in lane.items()}
