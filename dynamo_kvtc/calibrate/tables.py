@@ -32,7 +32,7 @@ _SMALLEST_SCALE = 0.02
 _SCALE_PER_SHIFT = 12.0
 """A class whose symbols average above this gives its low bits to the raw stream."""
 
-_CLIPPED = 0.02
+_CLIPPED = 0.004
 """Squared steps that a component may lose on average by clipping; beyond it, it is wide. A step's noise is 1/12."""
 
 _ACTIVITY_ONE = 4096

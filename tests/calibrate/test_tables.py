@@ -228,12 +228,12 @@ def test_the_error_is_what_the_quantiser_says_of_a_token(important):
     live, wide, leading = len(group.classes), group.wide, group.importance.shape[1]
     index = torch.from_numpy(group.classes).long()
     rounding, centroid = (torch.from_numpy(x)[index] for x in (fitted.rounding, fitted.centroid))
-    # A basis of the identity, exactly: 32 * 2**15 a step when wide, 32 * 2**10 / 5 when narrow.
+    # A basis of the identity, exactly, whatever the component.
     units = torch.full((live,), 2**10, dtype=torch.int32)
     bias = level_bias(scale[wide:live].int(), rounding[wide:], centroid[wide:])
     limits = torch.full((live,), 32767, dtype=torch.int32)
     limits[wide:] = quantize.narrow_limits(scale[wide:live].int(), bias)
-    c = (y[:, :live].double() / step * 2**20).round().long()
+    c = (y[:, :live].double() / step * 2 ** (quantize.UNIT_BITS + quantize.INPUT_BITS - 10)).round().long()
     front, _ = quantize.quantise(c[:, :leading], units[:leading], rounding[:leading], limits[:leading])
     fineness = quantize.fineness_of(front, group.importance, group.bias)
     rest, _ = quantize.quantise(c[:, leading:], units[leading:], rounding[leading:], limits[leading:], fineness)

@@ -104,7 +104,7 @@ def test_the_largest_products_do_not_wrap():
     symbols, overflow = run([[largest, -largest]] * 2, [2**21] * 2, [ONE - 1] * 2, [TOP, 25], [12, 0])
     assert symbols == [[TOP, -25]] * 2
     assert overflow == [True, True]
-    assert slow(largest, 2**21, ONE - 1, 2**60, GAINS[12]) == 2 ** (62 - 38)
+    assert slow(largest, 2**21, ONE - 1, 2**60, GAINS[12]) == 2 ** (62 - quantize.UNIT_BITS - quantize.INPUT_BITS - 8)
 
 
 def test_beyond_the_largest_symbol_a_wide_component_is_flagged_and_clamped():
