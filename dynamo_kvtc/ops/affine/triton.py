@@ -247,9 +247,9 @@ def _decode_kernel(
 def _eighths(term):
     """int64, the nearest number of eighths: sums of them are the same in any order, and the CPU's."""
     scaled = term * 8
-    # Adding 1.5 * 2**52 leaves no fraction, ties to even; from 2**51 on, where that fails, hardly one is left.
-    near = (scaled + 6755399441055744.0) - 6755399441055744.0
-    return tl.where(scaled < 2251799813685248.0, near, scaled).to(tl.int64)
+    # Adding 2**52 leaves no fraction, ties to even; from there on there is none.
+    near = (scaled + 4503599627370496.0) - 4503599627370496.0
+    return tl.where(scaled < 4503599627370496.0, near, scaled).to(tl.int64)
 
 
 @triton.jit
