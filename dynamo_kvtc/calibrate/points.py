@@ -26,7 +26,7 @@ _FITTING_SHARE = 0.999
 """Share of tokens whose channels must fit the transform's fixed point; the others are stored exact."""
 
 _REACH_SHARE = 0.9995
-"""Share of tokens that a channel's reach covers; what is clipped beyond it adds about 1% to the noise."""
+"""Share of tokens that a channel's reach covers; what lies beyond it is clipped, and counted in the error."""
 
 _SOLVE_TOKENS = 1024
 """Tokens on which the step is searched; the tables at the step found use all of the sample."""

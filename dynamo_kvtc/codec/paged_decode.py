@@ -128,7 +128,6 @@ class Decoder(ABC):
         self._copies = torch.cuda.Stream(device) if self._cuda else None
         self._ring = [torch.empty(codec.limits.record_bytes, dtype=torch.uint8, device=device) for _ in range(_RING)]
         self._free = [torch.cuda.Event() for _ in range(_RING)] if self._cuda else []
-        self._keep = torch.empty(t, dtype=torch.uint8, device=device)
         self._chosen = torch.empty(t, dtype=torch.int64, device=device)
         self._exact_slots = torch.empty(t, dtype=torch.int64, device=device)
         self._crc = torch.empty(t, dtype=torch.int32, device=device)
@@ -161,7 +160,6 @@ class Decoder(ABC):
     ) -> Restore:  # fmt: skip
         batch = read_headers(arena.numpy(), offsets, sizes, blocks.counts, self._codec.identity)
         chunks = self._chunks(offsets, sizes, blocks, batch)
-        status = torch.empty(len(blocks.counts), dtype=torch.int32, device=self._device)
         host = torch.empty(len(blocks.counts), dtype=torch.int32, pin_memory=self._cuda)
         host.copy_(torch.from_numpy(batch.status))
         events: list[Any] = []
@@ -169,6 +167,8 @@ class Decoder(ABC):
         if self._stream is not None and self._copies is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            # Taken on the stream that works with it: given back before the GPU is done, it must not go elsewhere.
+            status = torch.empty(len(blocks.counts), dtype=torch.int32, device=self._device)
             status.copy_(host, non_blocking=True)
             turn, angles = 0, dict[int, tuple[Tensor, Tensor]]()
             for g in range(len(self._codec.artifact.manifest.groups)):

@@ -66,9 +66,7 @@ class EncodeChunk:
 
     tokens: slice
     counts: NDArray[np.int32]
-    asked: NDArray[np.bool_]
     turn: int
-    sent: dict[str, Tensor]
     done: Any
 
 
@@ -189,7 +187,7 @@ class Encoder(ABC):
         if self._cuda:
             done = torch.cuda.Event()
             done.record()
-        return EncodeChunk(tokens, counts, asked, turn, sent, done)
+        return EncodeChunk(tokens, counts, turn, done)
 
     def _back(self, out: Encoded, first_block: int, chunk: EncodeChunk, blocks: Blocks, at: int) -> int:
         """From payloads to records without headers, in the arena from ``at`` on; where the next may start."""

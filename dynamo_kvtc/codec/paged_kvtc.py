@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dynamo_kvtc.codec.kvtc_point import WIDE_STEP
-from dynamo_kvtc.codec.lanes import HEAD, OFFSET_CLASSES, OFFSET_NEUTRAL
+from dynamo_kvtc.codec.lanes import FINENESS_STRIDE, HEAD, OFFSET_CLASSES, OFFSET_NEUTRAL
 from dynamo_kvtc.codec.paged_decode import Coded, Decoder
 from dynamo_kvtc.codec.paged_encode import EncodeChunk, Encoder
 from dynamo_kvtc.codec.paged_groups import PagedPoint, operand
@@ -72,7 +72,7 @@ class KvtcEncoder(Encoder):
     def _code(self, g: int, n: int, turn: int, sent: dict[str, Tensor], counts: NDArray[np.int32]) -> None:
         group, skip = self._point.groups[g], self._skip[turn, :n]
         parameters = self._parameters[turn, g, :n]
-        offsets = ((parameters // 16).to(torch.int8) - 8) * 2
+        offsets = ((parameters // FINENESS_STRIDE).to(torch.int8) - OFFSET_NEUTRAL) * OFFSET_CLASSES
         lengths = self._lengths[turn, g, : n * self._lanes]
         rans.encode_lanes_device(
             self._symbols[g][:n, : group.rank], group.classes, self._point.tables, self._words[turn][g][: len(lengths)],
@@ -149,9 +149,7 @@ class KvtcDecoder(Decoder):
             offsets=offsets, first=group.leading, lanes_per_token=split,
         )  # fmt: skip
         codec.mark("rANS")
-        keep, chosen = self._keep[:n], self._chosen[:n]
-        lanes.judge(bad, sent["first"], sent["counts"], status, sent["slots"], keep, chosen, split, most)
-        synthesise_into_pages(
-            narrow, wide, group.synthesis, parameters, point.shrink, *angles, codec.pages, chosen, keep
-        )
+        chosen = self._chosen[:n]
+        lanes.judge(bad, sent["first"], sent["counts"], status, sent["slots"], chosen, split, most)
+        synthesise_into_pages(narrow, wide, group.synthesis, parameters, point.shrink, *angles, codec.pages, chosen)
         codec.mark("project")

@@ -238,13 +238,12 @@ class PaperDecoder(Decoder):
             affine.valid_device(own, part.plan, good[i])
         # Tokens of blocks that were found bad before are whatever was there, and their status stays.
         bad = (~good.all(dim=0)).to(torch.int32)
-        keep, chosen = self._keep[:n], self._chosen[:n]
-        lanes.judge(bad, sent["first"], sent["counts"], status, sent["slots"], keep, chosen, 1, most)
+        chosen = self._chosen[:n]
+        lanes.judge(bad, sent["first"], sent["counts"], status, sent["slots"], chosen, 1, most)
         for part, own in parts:
             levels = self._levels[:n, : part.rank] if part.rank else self._no_levels[:n]
             if part.rank:
                 affine.decode_device(own, part.plan, levels)
             synthesise_into_pages(
                 self._none[:n], levels, part.synthesis, self._parameters[:n], self._ones, *angles, codec.pages, chosen,
-                keep,
             )  # fmt: skip

@@ -151,6 +151,8 @@ def _load_part(
     # A unit under float32's least normal number has no finite reciprocal.
     if not torch.finfo(torch.float32).tiny <= unit < 1e30 or not bool(mean.isfinite().all()):
         raise ArtifactFormatError(f"{where}: unit {unit} is not a positive number, or a mean is not finite")
+    if basis.numel() and int(basis.to(torch.int32).abs().max()) > 2**project.BASIS_BITS:
+        raise ArtifactFormatError(f"{where}: a basis entry is beyond 2**{project.BASIS_BITS}, which stands for 1")
     try:
         runs = affine.layout(sizes, types, basis.shape[1], device)
         host_runs = affine.layout(sizes, types, basis.shape[1])

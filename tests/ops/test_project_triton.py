@@ -84,14 +84,14 @@ def test_synthesis_scatters_what_the_reference_computes(
     strides = caches[0][0].stride()
     pages = op.Pages(addresses, dtype, heads, dim, block_tokens, strides[0], strides[2], strides[1])
     slots = torch.from_numpy(generator.permutation(blocks * block_tokens)[:tokens])
-    keep = torch.ones(tokens, dtype=torch.uint8)
-    keep[tokens // 2] = 0 if tokens > 1 else 1
+    if tokens > 1:
+        slots[tokens // 2] = -1
     if tokens > 2:
         slots[0] = -1
     op.synthesise_into_pages(
         op.aligned(small.to(kernel_device)), op.aligned(levels.to(kernel_device)), basis,
         parameters.to(kernel_device), shrink.to(kernel_device), angles.cos().float().to(kernel_device),
-        angles.sin().float().to(kernel_device), pages, slots.to(kernel_device), keep.to(kernel_device),
+        angles.sin().float().to(kernel_device), pages, slots.to(kernel_device),
     )  # fmt: skip
 
     front = levels.double()
@@ -101,7 +101,7 @@ def test_synthesis_scatters_what_the_reference_computes(
     rows = rows * gain.double() + mean.double()
     half = rows.float().reshape(tokens, 2, layers, heads, dim).permute(1, 2, 3, 0, 4)
     k = apply_rope(half[0].contiguous(), positions, rope)
-    written = [t for t in range(tokens) if slots[t] >= 0 and keep[t]]
+    written = [t for t in range(tokens) if slots[t] >= 0]
     for layer, (k_pages, v_pages) in enumerate(caches):
         for found, expected in ((k_pages, k), (v_pages, half[1])):
             flat = found.cpu().reshape(-1, heads, dim)

@@ -23,10 +23,10 @@ def test_coefficients_are_the_references(kernel_device, tokens, channels, rank, 
     generator = np.random.default_rng(fresh_seed())
     fixed = torch.from_numpy(generator.integers(-32639, 32640, (tokens, channels)))
     basis = torch.from_numpy(generator.integers(-32639, 32640, (channels, rank))).to(torch.int16)
-    # The ends: entries of more than two limbs, of either sign, in columns that have none of the other.
+    # The ends of two limbs, of either sign.
     fixed[0, :2] = torch.tensor([32639, -32639])
-    basis[0, 0] = 32767
-    basis[channels - 1, rank - 1] = 32700 if rank == 1 else -32768
+    basis[0, 0] = 32639
+    basis[channels - 1, rank - 1] = -32639
     before = torch.from_numpy(generator.integers(-9, 10, (tokens, offset)))
     inputs = rows_of_limbs(torch.cat([before, fixed], dim=1), kernel_device)
     out = torch.full((tokens, rank), float("nan"), dtype=torch.float64, device=kernel_device)
@@ -40,10 +40,11 @@ def test_coefficients_are_the_references(kernel_device, tokens, channels, rank, 
 
 def test_what_does_not_fit_is_refused(kernel_device):
     basis = torch.zeros(64, 3, dtype=torch.int16)
-    both = basis.clone()
-    both[:2, 1] = torch.tensor([32700, -32700])
-    with pytest.raises(ConfigError, match="both signs"):
-        op.WideAnalysis.of(both)
+    for entry in (32640, -32640, -32768):
+        beyond = basis.clone()
+        beyond[1, 2] = entry
+        with pytest.raises(ConfigError, match="beyond 32639"):
+            op.WideAnalysis.of(beyond)
     with pytest.raises(ConfigError, match="131072 channels"):
         op.WideAnalysis.of(torch.zeros(2**17, 1, dtype=torch.int16))
     operands = op.WideAnalysis.of(basis.to(kernel_device))

@@ -77,15 +77,14 @@ def verify(crc: Tensor, expected: Tensor, status: Tensor) -> None:
 
 
 def judge(
-    bad: Tensor, first: Tensor, counts: Tensor, status: Tensor, slots: Tensor, keep: Tensor, chosen: Tensor, split: int,
-    most: int,
-) -> None:  # fmt: skip
-    """status becomes BAD_LANE for sound blocks with a bad lane; then keep uint8 [T] is 1 and chosen int64 [T] the slot
-    for coded tokens of sound blocks, 0 and -1 for the others. bad: int32 [T * S]; slots: int64 [T]."""
+    bad: Tensor, first: Tensor, counts: Tensor, status: Tensor, slots: Tensor, chosen: Tensor, split: int, most: int
+) -> None:
+    """status becomes BAD_LANE for sound blocks with a bad lane; then chosen int64 [T] is the slot for coded tokens of
+    sound blocks, -1 for the others. bad: int32 [T * S]; slots: int64 [T]."""
     from dynamo_kvtc.ops.lanes import triton as kernels
 
     tokens = kernels.power(most)
-    kernels.judge[(len(first),)](bad, first, counts, status, slots, keep, chosen, split, tokens * split, tokens)
+    kernels.judge[(len(first),)](bad, first, counts, status, slots, chosen, split, tokens * split, tokens)
 
 
 def select(status: Tensor, block_of: Tensor, slots: Tensor, chosen: Tensor) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-HEAD_BYTES = 4
-_LARGE = 1 << 30
-
 
 @triton.jit
 def _measure(lengths, skip, first, counts, out, S: tl.constexpr, LANES: tl.constexpr):
@@ -129,9 +126,9 @@ def _read(data, base, size, crc, expected, first, counts, status, starts, length
 
 
 @triton.jit
-def _judge(bad, first, counts, status, slots, keep, chosen, S: tl.constexpr, LANES: tl.constexpr,
+def _judge(bad, first, counts, status, slots, chosen, S: tl.constexpr, LANES: tl.constexpr,
            TOKENS: tl.constexpr):  # fmt: skip
-    """status = 3 for a block with a bad lane; then keep and chosen of its tokens."""
+    """status = 3 for a block with a bad lane; then chosen of its tokens."""
     block = tl.program_id(0)
     begin = tl.load(first + block)
     count = tl.load(counts + block)
@@ -143,7 +140,6 @@ def _judge(bad, first, counts, status, slots, keep, chosen, S: tl.constexpr, LAN
     t = tl.arange(0, TOKENS)
     here = t < count
     slot = tl.load(slots + begin + t, mask=here, other=-1)
-    tl.store(keep + begin + t, tl.zeros((TOKENS,), tl.uint8) + (after == 0).to(tl.uint8), mask=here)
     tl.store(chosen + begin + t, tl.where(after == 0, slot, -1), mask=here)
 
 

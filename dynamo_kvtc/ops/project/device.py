@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from dynamo_kvtc.errors import ConfigError
-from dynamo_kvtc.ops.project import BASIS_BITS
+from dynamo_kvtc.ops.project import BASIS_BITS, INPUT_MAX
 
 ALIGNMENT = 16
 """Bytes: rows of what a kernel reads through a tensor descriptor start at multiples of it."""
 MIN_FRONT = 32
-LIMBS_MAX = 32639
-"""Largest number of two limbs, 127 * 256 + 127."""
 MAX_LIMB_SUM = 2**17 - 1
 """Products of two limbs, each up to 2**14, that fit int32 when added."""
 _LIMB = 256
@@ -95,36 +93,28 @@ class WideAnalysis:
     """Operands for ``analyse_wide_device``: R components of P channels, columns ``offset`` on of its inputs.
 
     limbs: int8 [2R, offset + P], rows aligned: the components' high limbs, then their low ones; zeros before offset.
-    sign: int32 [R], -1 for a component that is kept negated.
     """
 
     limbs: Tensor
-    sign: Tensor
-    offset: int
 
     @classmethod
     def of(cls, basis: Tensor, offset: int = 0) -> WideAnalysis:
         """basis: int16 [P, R], on the device to be used. Raises ConfigError if a product's sums could leave 32 bits, or
-        a column has entries beyond 32,639 of both signs, which no orthonormal basis has."""
+        an entry two limbs, which none of an orthonormal basis of BASIS_BITS does."""
         if len(basis) > MAX_LIMB_SUM:
             raise ConfigError(
                 f"{len(basis)} channels; exact sums of limbs take at most {MAX_LIMB_SUM}: more layer groups"
             )
-        # High limbs go down to -128 but up to 127 only: a column with an entry next to 32,768 is kept negated.
-        negated = (basis > LIMBS_MAX).any(dim=0)
-        if bool((negated & (basis < -LIMBS_MAX).any(dim=0)).any()):
-            raise ConfigError(
-                f"a component has weights beyond {LIMBS_MAX} of both signs; none of an orthonormal basis has"
-            )
-        sign = 1 - 2 * negated.to(torch.int32)
+        if basis.numel() and int(basis.to(torch.int32).abs().max()) > INPUT_MAX:
+            raise ConfigError(f"a basis entry is beyond {INPUT_MAX}; two limbs hold no more")
         both = torch.zeros(2 * basis.shape[1], offset + len(basis), dtype=torch.int8, device=basis.device)
-        for i, limb in enumerate(limbs((basis * sign.to(torch.int16)).T)):
+        for i, limb in enumerate(limbs(basis.T)):
             both[i * basis.shape[1] : (i + 1) * basis.shape[1], offset:] = limb
-        return cls(aligned(both), sign, offset)
+        return cls(aligned(both))
 
     @property
     def rank(self) -> int:
-        return len(self.sign)
+        return len(self.limbs) // 2
 
     @property
     def nbytes(self) -> int:
@@ -150,7 +140,7 @@ def analyse_wide_device(inputs: Tensor, basis: WideAnalysis, out: Tensor, produc
         if x.dtype != dtype or x.shape != shape or not x.is_contiguous():
             raise ConfigError(f"{name} must be {dtype} {list(shape)}, contiguous; got {x.dtype} {tuple(x.shape)}")
     if tokens and rank:
-        kernels.analyse_wide(inputs, basis.limbs, basis.sign, products, out)
+        kernels.analyse_wide(inputs, basis.limbs, products, out)
 
 
 def square_sums_device(inputs: Tensor, out: Tensor) -> None:
@@ -252,19 +242,19 @@ def synthesis_operands(
 
 def synthesise_into_pages(
     narrow: Tensor, wide: Tensor, basis: Synthesis, parameters: Tensor, shrink: Tensor, cos: Tensor, sin: Tensor,
-    pages: Pages, slots: Tensor, keep: Tensor,
+    pages: Pages, slots: Tensor,
 ) -> None:  # fmt: skip
     """Decoded levels to K (RoPE applied) and V in the engine's pages, in one pass.
 
     narrow: int8 [T, max(N, 1)]; wide: float16 [T, max(W, 1)], the leading components first; rows aligned; zeros where
     there is no component. parameters: uint8 [T], its fineness in the low 4 bits; shrink: float32 [16], one over each
-    fineness's gain; cos, sin: float32 [T, pairs]; slots: int64 [T]; keep: uint8 [T], 0 for a token not to be written.
+    fineness's gain; cos, sin: float32 [T, pairs]; slots: int64 [T], -1 for a token not to be written.
     """
     from dynamo_kvtc.ops.project import triton as kernels
 
     _check_operand("narrow", narrow, torch.int8)
     _check_operand("wide", wide, torch.float16)
-    kernels.synthesise(narrow, wide, basis, parameters, shrink, cos, sin, pages, slots, keep)
+    kernels.synthesise(narrow, wide, basis, parameters, shrink, cos, sin, pages, slots)
 
 
 def _check_operand(name: str, x: Tensor, dtype: torch.dtype) -> None:

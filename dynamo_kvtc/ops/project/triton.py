@@ -14,7 +14,7 @@ from dynamo_kvtc.ops.project.device import Pages, Synthesis
 
 TILE = (256, 128, 128, 8, 3)
 """Tokens, columns and depth of a tile, warps, stages: the fastest of those measured on an H200 (int8, 8,192 x 8,192 x
-32,768: 1,340 TOP/s; 128 x 256 within 2%)."""
+32,768: 1,340 TOP/s; 128 x 256 within 3%)."""
 SMALL_TILE = (128, 64, 128, 4, 4)
 """For few tokens, so that every multiprocessor has a tile."""
 INTERPRETED_TILE = (16, 128, 64, 4, 1)
@@ -38,12 +38,13 @@ def _place(tile, rows, columns, GROUP: tl.constexpr):
 @triton.jit
 def _analyse(a1, a2, b1, b2, c, tokens, components, k1, k2, stride_a1, stride_a2, stride_b1, stride_b2, stride_c,
              programs, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-             ADD: tl.constexpr):  # fmt: skip
-    """c = ((c if ADD else 0) + a1 @ b1.T) * 256 + a2 @ b2.T, modulo 2**32."""
-    da1 = tl.make_tensor_descriptor(a1, shape=[tokens, k1], strides=[stride_a1, 1], block_shape=[BM, BK])
+             HIGH: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+    """c = ((c if ADD else 0) + a1 @ b1.T) * 256 + a2 @ b2.T, modulo 2**32; without HIGH a2 @ b2.T alone."""
     da2 = tl.make_tensor_descriptor(a2, shape=[tokens, k2], strides=[stride_a2, 1], block_shape=[BM, BK])
-    db1 = tl.make_tensor_descriptor(b1, shape=[components, k1], strides=[stride_b1, 1], block_shape=[BN, BK])
     db2 = tl.make_tensor_descriptor(b2, shape=[components, k2], strides=[stride_b2, 1], block_shape=[BN, BK])
+    if HIGH:
+        da1 = tl.make_tensor_descriptor(a1, shape=[tokens, k1], strides=[stride_a1, 1], block_shape=[BM, BK])
+        db1 = tl.make_tensor_descriptor(b1, shape=[components, k1], strides=[stride_b1, 1], block_shape=[BN, BK])
     rows, columns = tl.cdiv(tokens, BM), tl.cdiv(components, BN)
     for tile in range(tl.program_id(0), rows * columns, programs):
         pm, pn = _place(tile, rows, columns, GROUP)
@@ -53,9 +54,10 @@ def _analyse(a1, a2, b1, b2, c, tokens, components, k1, k2, stride_a1, stride_a2
         acc = tl.zeros((BM, BN), dtype=tl.int32)
         if ADD:
             acc = tl.load(out, mask=inside, other=0)
-        for k in range(0, k1, BK):
-            acc = tl.dot(da1.load([pm * BM, k]), db1.load([pn * BN, k]).T, acc, out_dtype=tl.int32)
-        acc = acc << 8
+        if HIGH:
+            for k in range(0, k1, BK):
+                acc = tl.dot(da1.load([pm * BM, k]), db1.load([pn * BN, k]).T, acc, out_dtype=tl.int32)
+            acc = acc << 8
         for k in range(0, k2, BK):
             acc = tl.dot(da2.load([pm * BM, k]), db2.load([pn * BN, k]).T, acc, out_dtype=tl.int32)
         tl.store(out, acc, mask=inside)
@@ -73,30 +75,13 @@ def analyse(low: Tensor, high: Tensor, b_low: Tensor, b_high: Tensor, out: Tenso
     tile, programs = _tile(tokens, components, out)
     _analyse[(programs,)](
         high, low, b_high, b_low, out, tokens, components, high.shape[1], low.shape[1], high.stride(0), low.stride(0),
-        b_high.stride(0), b_low.stride(0), out.stride(0), programs, *tile[:3], _GROUP, add, num_warps=tile[3],
-        num_stages=tile[4],
+        b_high.stride(0), b_low.stride(0), out.stride(0), programs, *tile[:3], _GROUP, True, add,
+        num_warps=tile[3], num_stages=tile[4],
     )  # fmt: skip
 
 
 @triton.jit
-def _multiply(a, b, c, rows_a, rows_b, depth, stride_a, stride_b, programs, BM: tl.constexpr, BN: tl.constexpr,
-              BK: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """c = a @ b.T, int32."""
-    da = tl.make_tensor_descriptor(a, shape=[rows_a, depth], strides=[stride_a, 1], block_shape=[BM, BK])
-    db = tl.make_tensor_descriptor(b, shape=[rows_b, depth], strides=[stride_b, 1], block_shape=[BN, BK])
-    rows, columns = tl.cdiv(rows_a, BM), tl.cdiv(rows_b, BN)
-    for tile in range(tl.program_id(0), rows * columns, programs):
-        pm, pn = _place(tile, rows, columns, GROUP)
-        rm, rn = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-        acc = tl.zeros((BM, BN), dtype=tl.int32)
-        for k in range(0, depth, BK):
-            acc = tl.dot(da.load([pm * BM, k]), db.load([pn * BN, k]).T, acc, out_dtype=tl.int32)
-        out = c + rm.to(tl.int64)[:, None] * rows_b + rn[None, :]
-        tl.store(out, acc, mask=(rm < rows_a)[:, None] & (rn < rows_b)[None, :])
-
-
-@triton.jit
-def _combine(products, sign, out, tokens, rank, BLOCK: tl.constexpr):
+def _combine(products, out, tokens, rank, BLOCK: tl.constexpr):
     """Coefficients from products of limbs: rows of the inputs' low limbs, then high; columns of high ones, then low."""
     token = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -105,8 +90,7 @@ def _combine(products, sign, out, tokens, rank, BLOCK: tl.constexpr):
     high = products + (token + tokens) * (2 * rank) + j
     hh, hl = tl.load(high, mask=mask, other=0).to(tl.int64), tl.load(high + rank, mask=mask, other=0).to(tl.int64)
     lh, ll = tl.load(low, mask=mask, other=0).to(tl.int64), tl.load(low + rank, mask=mask, other=0).to(tl.int64)
-    total = (hh * 65536 + (hl + lh) * 256 + ll) * tl.load(sign + j, mask=mask, other=1)
-    tl.store(out + token * rank + j, total.to(tl.float64), mask=mask)
+    tl.store(out + token * rank + j, (hh * 65536 + (hl + lh) * 256 + ll).to(tl.float64), mask=mask)
 
 
 @triton.jit
@@ -122,16 +106,17 @@ def _square_sums(inputs, out, tokens, columns, stride, BLOCK: tl.constexpr):
     tl.store(out + token, tl.sum(total, axis=0))
 
 
-def analyse_wide(inputs: Tensor, basis: Tensor, sign: Tensor, products: Tensor, out: Tensor) -> None:
+def analyse_wide(inputs: Tensor, basis: Tensor, products: Tensor, out: Tensor) -> None:
     """See ``ops.project.device.analyse_wide_device``."""
     rows, columns = products.shape
     tile, programs = _tile(rows, columns, out)
-    _multiply[(programs,)](
-        inputs, basis, products, rows, columns, inputs.shape[1], inputs.stride(0), basis.stride(0), programs, *tile[:3],
-        _GROUP, num_warps=tile[3], num_stages=tile[4],
+    depth, stride_a, stride_b = inputs.shape[1], inputs.stride(0), basis.stride(0)
+    _analyse[(programs,)](
+        inputs, inputs, basis, basis, products, rows, columns, depth, depth, stride_a, stride_a, stride_b, stride_b,
+        columns, programs, *tile[:3], _GROUP, False, False, num_warps=tile[3], num_stages=tile[4],
     )  # fmt: skip
     tokens, rank = out.shape
-    _combine[(tokens, triton.cdiv(rank, _ELEMENTS))](products, sign, out, tokens, rank, _ELEMENTS, num_warps=4)
+    _combine[(tokens, triton.cdiv(rank, _ELEMENTS))](products, out, tokens, rank, _ELEMENTS, num_warps=4)
 
 
 def square_sums(inputs: Tensor, out: Tensor) -> None:
@@ -142,7 +127,7 @@ def square_sums(inputs: Tensor, out: Tensor) -> None:
 @triton.jit
 def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_narrow, k_wide, stride_narrow,
                 stride_wide, stride_bn, stride_bw, stride_bf, narrow_unit, shrink, parameters,
-                synthesis, mean, cos, sin, addresses, slots, keep, first_layer, layers, heads, first_head,
+                synthesis, mean, cos, sin, addresses, slots, first_layer, layers, heads, first_head,
                 block_tokens, stride_block, stride_head, stride_token, programs, D: tl.constexpr, HALF: tl.constexpr,
                 PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, scaling, top, ROWS: tl.constexpr, BM: tl.constexpr,
                 BN: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
@@ -179,7 +164,7 @@ def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_nar
 
         first, second = tl.split(tl.reshape(acc, [BM, BN // 2, 2]))
         slot = tl.load(slots + rm, mask=here, other=-1)
-        written = here & (slot >= 0) & (tl.load(keep + rm, mask=here, other=0) != 0)
+        written = here & (slot >= 0)
         place = tl.where(written, slot // block_tokens * stride_block + slot % block_tokens * stride_token, 0)
         # A tile of one head has one base address, so its stores are plainly contiguous.
         if ROWS == 1:
@@ -226,7 +211,7 @@ def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_nar
 
 def synthesise(
     narrow: Tensor, wide: Tensor, basis: Synthesis, parameters: Tensor, shrink: Tensor, cos: Tensor, sin: Tensor,
-    pages: Pages, slots: Tensor, keep: Tensor,
+    pages: Pages, slots: Tensor,
 ) -> None:  # fmt: skip
     """See ``ops.project.synthesise_into_pages``."""
     tokens, channels = len(slots), basis.narrow.shape[0]
@@ -239,7 +224,7 @@ def synthesise(
     _synthesise[(programs,)](
         narrow, wide, basis.narrow, basis.wide, basis.front, tokens, channels, narrow.shape[1], wide.shape[1],
         narrow.stride(0), wide.stride(0), basis.narrow.stride(0), basis.wide.stride(0), basis.front.stride(0),
-        basis.narrow_unit, shrink, parameters, basis.gain, basis.mean, cos, sin, pages.addresses, slots, keep,
+        basis.narrow_unit, shrink, parameters, basis.gain, basis.mean, cos, sin, pages.addresses, slots,
         basis.first_layer, basis.layers, pages.heads, basis.first_head, pages.block_tokens, pages.stride_block,
         pages.stride_head, pages.stride_token, programs, pages.head_dim, (pages.head_dim + 1) // 2, cos.shape[1],
         basis.interleaved, basis.scaling, torch.finfo(pages.dtype).max, bn // basis.head, bm, bn, bk,
