@@ -332,6 +332,8 @@ FORGERIES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "mean shape": ("v.mean", lambda x: x[1:].clone()),
     "basis dtype": ("v.basis", lambda x: x.float()),
     "basis shape": ("v.basis", lambda x: x[1:].clone()),
+    "basis beyond 1": ("k.basis", lambda x: torch.full_like(x, -(2**14) - 1)),
+    "basis least": ("v.basis", lambda x: torch.full_like(x, -(2**15))),
     "unit zero": ("k.unit", lambda x: x * 0),
     "unit negative": ("v.unit", lambda x: -x),
     "unit infinite": ("v.unit", lambda x: x / 0),
