@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dynamo_kvtc.bench.shapes import model_of
 from dynamo_kvtc.bench.synthetic import Synthetic, rows_of
+from dynamo_kvtc.calibrate.collect import default_groups
 from dynamo_kvtc.codec.paged import Blocks, PagedCodec, PagedLimits
 from dynamo_kvtc.codec.paged_groups import PagedGroup
 from dynamo_kvtc.codec.pipeline import BlockCodec
@@ -35,16 +36,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class CodecCase:
-    """What to measure. ratios: of coded tokens; requests x tokens are coded in one call; max_rank: components kept per
-    layer group; lanes: rANS lanes a token (default: by the rank); prefill: whether to time a random-weight model of the
-    shape, too."""
+    """What to measure. ratios: of coded tokens; requests x tokens are coded in one call; groups: layer groups (default:
+    as `kvtc calibrate` has it); max_rank: components kept per layer group; lanes: rANS lanes a token (default: by the
+    rank); prefill: whether to time a random-weight model of the shape, too."""
 
     shape: str
     ratios: tuple[float, ...]
     tokens: int
     requests: int = 1
-    groups: int = 2
-    max_rank: int = 10_000
+    groups: int | None = None
+    max_rank: int = 6144
     lanes: int | None = None
     block_tokens: int = 16
     prefill: bool = True
@@ -60,7 +61,8 @@ def run(case: CodecCase, progress: Callable[[str], None]) -> list[Row]:
     shape = model_of(case.shape).kv
     rates = measure_rates(device)
     progress(f"rates: {rates}")
-    synthetic = Synthetic(shape, case.ratios, case.groups, case.max_rank, case.block_tokens, device, case.lanes)
+    groups = case.groups or default_groups(shape, 1)
+    synthetic = Synthetic(shape, case.ratios, groups, case.max_rank, case.block_tokens, device, case.lanes)
     total = case.tokens * case.requests
     cache, slots = synthetic.cache(total)
     positions = torch.arange(case.tokens).repeat(case.requests)
@@ -110,7 +112,7 @@ def _one(
     assert point is not None
     row: Row = {
         "shape": case.shape, "profile": "kvtc", "tokens": len(slots), "requests": case.requests, "ratio": ratio,
-        "groups": case.groups, "rank": [g.rank for g in point.groups],
+        "groups": len(point.groups), "rank": [g.rank for g in point.groups],
         "wide_components": [g.wide for g in point.groups],
         "wide_inputs": [g.wide_inputs for g in point.groups],
         "channels": [g.channels for g in point.groups], "lanes": point.lanes,

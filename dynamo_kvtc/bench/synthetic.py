@@ -1,9 +1,10 @@
 """A cache and an artifact of any model's shape whose spectrum is a real one's, without the model.
 
-Spread of SmolLM2-135M's components, standard deviations in the Fisher-weighted domain of its two layer groups of 5,760
-channels (8,192 held-out tokens of WikiText-2, GSM8K and Python, calibrated on 640,000; one H200, 2026-11-22). A group
-of P channels gets the same curve, stretched to P components: a larger model is taken to spread its cache over its
-channels as the small one does. No larger model was at hand to measure.
+Spread of SmolLM2-135M's components, standard deviations in the Fisher-weighted domain of its layer groups, two of 5,760
+channels or four of 2,688 or 3,072 (8,192 held-out tokens of WikiText-2, GSM8K and Python, calibrated on 560,000; one
+H200, 2026-11-22). A group of P channels gets the curve of a group as deep in the model, stretched to P components: a
+larger model is taken to spread its cache over its channels as the small one does. No larger model was at hand to
+measure.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynamo_kvtc.calibrate.collect import Part, parts_of, split_layers
+from dynamo_kvtc.calibrate.collect import parts_of, split_layers
 from dynamo_kvtc.calibrate.importance import LEADING, ImportanceModel
 from dynamo_kvtc.calibrate.narrow import quantise_narrow
 from dynamo_kvtc.calibrate.points import KvtcPoints, KvtcTransform
@@ -23,17 +24,32 @@ from dynamo_kvtc.ops.rope import rotations_of
 from dynamo_kvtc.types import KVShape, ModelIdentity, RopeSpec
 
 MEASURED_CHANNELS = 5760
+"""Of a group of two; ``_AT`` counts its components, and the same shares of a smaller group's."""
 _AT = (
     0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560,
     3072, 3584, 4096, 4608, 5120, 5440, 5759,
 )  # fmt: skip
-_DEVIATION = (
-    (21.7747, 16.8064, 14.0681, 13.4534, 13.2552, 11.3313, 9.6679, 8.2432, 7.48, 6.1626, 5.1511, 4.054, 3.4402, 2.7862,
-     2.3461, 1.8155, 1.5183, 1.099, 0.8461, 0.5644, 0.4018, 0.3078, 0.2431, 0.1916, 0.1556, 0.1064, 0.0742, 0.0522,
-     0.0369, 0.0243, 0.0141, 0.0108, 0.0064),
-    (47.28, 38.1263, 35.7192, 28.9337, 26.7636, 23.5722, 19.2495, 16.2769, 14.0839, 10.6694, 7.8877, 5.1984, 3.8588,
-     2.8436, 2.197, 1.5673, 1.2009, 0.8358, 0.6427, 0.4518, 0.3401, 0.2603, 0.2042, 0.1662, 0.1372, 0.0968, 0.069,
-     0.0468, 0.0315, 0.0216, 0.014, 0.0105, 0.0105),
+_OF_TWO_GROUPS = (
+    (21.7753, 16.8065, 14.0682, 13.4539, 13.2553, 11.331, 9.6676, 8.2434, 7.4801, 6.1627, 5.1512, 4.0539, 3.4402,
+     2.7861, 2.3462, 1.8155, 1.5184, 1.0991, 0.8461, 0.5644, 0.4018, 0.3078, 0.2433, 0.1915, 0.1556, 0.1089, 0.0758,
+     0.0524, 0.0358, 0.0243, 0.0143, 0.0092, 0.0065),
+    (47.2812, 38.1266, 35.7196, 28.9332, 26.7637, 23.5715, 19.2491, 16.2763, 14.0841, 10.6697, 7.8877, 5.1984,
+     3.8588, 2.8437, 2.1969, 1.5673, 1.2008, 0.8358, 0.6427, 0.4525, 0.34, 0.2586, 0.2042, 0.167, 0.1358, 0.0963,
+     0.0682, 0.0487, 0.0375, 0.0227, 0.0201, 0.0127, 0.0062),
+)  # fmt: skip
+_OF_FOUR_GROUPS = (
+    (16.7324, 16.7324, 12.3159, 12.3159, 12.0961, 11.1768, 10.2822, 8.55, 7.251, 6.6174, 6.0612, 4.9939, 4.131,
+     3.2986, 2.8256, 2.2285, 1.9567, 1.4603, 1.179, 0.8189, 0.5952, 0.4347, 0.3233, 0.2521, 0.1976, 0.1284, 0.0864,
+     0.0585, 0.0389, 0.024, 0.0153, 0.0073, 0.0048),
+    (15.0749, 15.0749, 15.0749, 11.6243, 11.6243, 11.1043, 9.3637, 7.4699, 6.4168, 5.1612, 4.6157, 3.7401, 3.1996,
+     2.5262, 2.0946, 1.6259, 1.3705, 1.024, 0.7951, 0.5454, 0.4047, 0.3072, 0.2463, 0.202, 0.165, 0.1159, 0.0835,
+     0.0587, 0.0424, 0.0285, 0.0177, 0.0122, 0.0049),
+    (44.4535, 44.4535, 44.4535, 36.1416, 36.1416, 28.029, 27.28, 22.7509, 18.4309, 15.724, 14.2559, 9.9959, 6.7912,
+     4.2215, 3.025, 2.0567, 1.6139, 1.0609, 0.7916, 0.5202, 0.3895, 0.3017, 0.2392, 0.1954, 0.1599, 0.1133, 0.0796,
+     0.0557, 0.039, 0.0254, 0.0149, 0.0102, 0.0102),
+    (31.0325, 31.0325, 18.9305, 18.9305, 16.7487, 12.961, 10.8437, 9.2313, 8.1513, 6.1953, 5.2106, 3.7913, 3.0366,
+     2.2989, 1.9297, 1.4528, 1.2381, 0.9048, 0.7103, 0.5251, 0.4048, 0.3104, 0.2383, 0.1865, 0.1497, 0.1043, 0.072,
+     0.0523, 0.0362, 0.0236, 0.0156, 0.0128, 0.0043),
 )  # fmt: skip
 
 _OUTLIERS = 0.4
@@ -46,10 +62,12 @@ _FINENESS_SPREAD = 1.5
 _CHUNK = 4096
 
 
-def spectrum(channels: int, group: int) -> Tensor:
-    """float32 [P], falling: the measured curve of the first or (for later groups) second group, stretched to P."""
+def spectrum(channels: int, group: int, groups: int) -> Tensor:
+    """float32 [P], falling: the curve measured for layer group ``group`` of ``groups``, stretched to P components."""
+    curves = _OF_TWO_GROUPS if groups <= 2 else _OF_FOUR_GROUPS
+    curve = curves[round(group * (len(curves) - 1) / max(groups - 1, 1))]
     at = torch.tensor(_AT, dtype=torch.float64) * (channels / MEASURED_CHANNELS)
-    log = torch.tensor(_DEVIATION[min(group, 1)], dtype=torch.float64).log()
+    log = torch.tensor(curve, dtype=torch.float64).log()
     where = torch.arange(channels, dtype=torch.float64)
     i = torch.searchsorted(at, where, right=True).clamp(1, len(at) - 1)
     share = ((where - at[i - 1]) / (at[i] - at[i - 1])).clamp(0, 1)
@@ -68,8 +86,8 @@ class Synthetic:
         self._generator = torch.Generator(device).manual_seed(0)
         bounds = split_layers(shape.layers, groups)
         self._parts = parts_of(shape, bounds, 1)
-        self._transforms = [self._transform(part, min(max_rank, part.channels)) for part in self._parts]
-        self._deviations = [spectrum(part.channels, part.group).to(device) for part in self._parts]
+        self._deviations = [spectrum(part.channels, part.group, groups).to(device) for part in self._parts]
+        self._transforms = [self._transform(i, min(max_rank, part.channels)) for i, part in enumerate(self._parts)]
         sample = [self._components(i, _CHUNK) for i in range(len(self._parts))]
         reach, outside, peak, norm = [], [], 0.0, 0.0
         for transform, y in zip(self._transforms, sample, strict=True):
@@ -116,8 +134,8 @@ class Synthetic:
                 layers = (part.layers.start, part.layers.stop)
                 scatter_rows(cache, layers, there, rows.contiguous(), cos, sin, self.rope, keep)
 
-    def _transform(self, part: Part, rank: int) -> KvtcTransform:
-        channels = part.channels
+    def _transform(self, i: int, rank: int) -> KvtcTransform:
+        part, channels = self._parts[i], self._parts[i].channels
         basis = torch.randn(channels, rank, generator=self._generator, device=self.device)
         outliers = max(2, int(channels * _OUTLIERS))
         sparse = max(1, min(int(channels * _OUTLIER_COMPONENTS), outliers // 2, rank))
@@ -126,8 +144,8 @@ class Synthetic:
         basis = torch.linalg.qr(basis).Q.contiguous()
         weight = (0.5 * torch.randn(channels, generator=self._generator, device=self.device)).exp()
         mean = torch.randn(channels, generator=self._generator, device=self.device) / weight
-        deviation = spectrum(channels, part.group).to(self.device)
-        return KvtcTransform(part, mean, weight, quantise_basis(basis), *quantise_narrow(basis, deviation))
+        narrow = quantise_narrow(basis, self._deviations[i])
+        return KvtcTransform(part, mean, weight, quantise_basis(basis), *narrow)
 
     def _importance(self, i: int) -> ImportanceModel:
         """Weights that spread fineness by about as much as real ones do."""

@@ -22,6 +22,10 @@ SINKS = 4
 """Tokens at the start of a sequence that calibration leaves out: they are always stored exact, and their outliers
 would claim the first components for themselves."""
 
+GROUP_CHANNELS = 16_384
+"""Restoring, encoding and calibrating cost by the channel of a group times the components kept. With a given arithmetic
+more, smaller groups keep more of the components: better below about 30x, worse above (README, "Layer groups")."""
+
 RECENT = 128
 """Tokens before a continuation whose importance is not learnt from."""
 
@@ -74,6 +78,12 @@ def split_layers(layers: int, groups: int) -> tuple[tuple[int, int], ...]:
         raise CalibrationError(f"{groups} layer groups asked of a model with {layers} layers; use 1 to {layers}")
     edges = [round(i * layers / groups) for i in range(groups + 1)]
     return tuple(itertools.pairwise(edges))
+
+
+def default_groups(shape: KVShape, tp_size: int) -> int:
+    """Layer groups that keep a rank's group at GROUP_CHANNELS channels or fewer; 2 at least, for the stream's sake."""
+    total = 2 * shape.layers * shape.kv_heads // tp_size * shape.head_dim
+    return min(shape.layers, max(2, -(-total // GROUP_CHANNELS)))
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class CalibrationConfig:
     block_tokens: int = 16
     fisher_sequences: int = 64
     ridge: float = 0.1
-    max_rank: int = 10_000
+    max_rank: int = 6144
     sample_tokens: int = 8192
     seed: int = 0
 

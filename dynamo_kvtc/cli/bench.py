@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from dynamo_kvtc.bench.shapes import SHAPES, shape_of
+from dynamo_kvtc.calibrate.collect import default_groups
 
 
 @click.group("bench")
@@ -21,18 +22,22 @@ def command() -> None:
 @click.option("--shape", default="mistral-nemo-12b", show_default=True, help=f"One of {', '.join(SHAPES)}.")
 @click.option("--tokens", default=200_000, show_default=True, help="Calibration tokens.")
 @click.option("--ratios", default="8,16,32,64", show_default=True, help="Operating points.")
-@click.option("--groups", default=2, show_default=True, help="Layer groups.")
+@click.option("--groups", type=int, help="Layer groups.  [default: as `kvtc calibrate` has it]")
 @click.option("--device", help="cpu, cuda, cuda:N.  [default: cuda if there is one]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures as JSON.")
 def calibrate_command(
-    shape: str, tokens: int, ratios: str, groups: int, device: str | None, json_path: Path | None
+    shape: str, tokens: int, ratios: str, groups: int | None, device: str | None, json_path: Path | None
 ) -> None:
     """Time calibrating a model of this shape on synthetic activations, its forward passes left out."""
     from dynamo_kvtc.bench.calibration import time_calibration
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     result = {"shape": shape} | time_calibration(
-        shape_of(shape), tokens, tuple(float(r) for r in ratios.split(",")), groups, where
+        shape_of(shape),
+        tokens,
+        tuple(float(r) for r in ratios.split(",")),
+        groups or default_groups(shape_of(shape), 1),
+        where,
     )
     Console().print_json(data=result)
     if json_path is not None:
@@ -46,15 +51,15 @@ def calibrate_command(
               help="Of coded tokens; may be repeated.")  # fmt: skip
 @click.option("--tokens", default=8192, show_default=True, help="Tokens of a request.")
 @click.option("--requests", default=1, show_default=True, help="Requests coded in one call.")
-@click.option("--groups", default=2, show_default=True, help="Layer groups.")
-@click.option("--max-rank", default=10_000, show_default=True, help="Components kept per layer group at most.")
+@click.option("--groups", type=int, help="Layer groups.  [default: as `kvtc calibrate` has it]")
+@click.option("--max-rank", default=6144, show_default=True, help="Components kept per layer group at most.")
 @click.option("--lanes", type=int, help="rANS lanes a token.  [default: by the rank]")
 @click.option("--chunk", default=None, type=int, metavar="TOKENS", help="Tokens the GPU works on at once.")
 @click.option("--prefill/--no-prefill", default=True, show_default=True, help="Time a random-weight model, too.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the rows as JSON.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="FILE", help="Draw the stages (.png).")
 def codec_command(
-    shapes: tuple[str, ...], ratios: tuple[float, ...], tokens: int, requests: int, groups: int, max_rank: int,
+    shapes: tuple[str, ...], ratios: tuple[float, ...], tokens: int, requests: int, groups: int | None, max_rank: int,
     lanes: int | None, chunk: int | None, prefill: bool, json_path: Path | None, plot_path: Path | None,
 ) -> None:  # fmt: skip
     """Encode and restore a synthetic cache on this GPU, against moving its raw bytes and computing it again."""

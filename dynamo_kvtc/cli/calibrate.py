@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dynamo_kvtc.calibrate.collect import default_groups
 from dynamo_kvtc.calibrate.estimate import Estimate, Job, check_memory, estimate, free_bytes, gib, probe
 from dynamo_kvtc.calibrate.run import CalibrationConfig, calibrate
 from dynamo_kvtc.calibrate.texts import check_tokens, draw_texts, fit_tokens, held_out_sequences, kl_measure
@@ -25,7 +27,8 @@ from dynamo_kvtc.hf.model import Model, load_model
 from dynamo_kvtc.hf.text import text_source
 from dynamo_kvtc.types import DTYPES
 
-DEFAULT_GROUPS = {"kvtc": 2, "paper": 1}
+PAPER_RANK = 10_000
+"""Components at most, as the paper keeps them."""
 ASK_ABOVE_SECONDS = 600.0
 """An estimate above this is confirmed at a terminal."""
 
@@ -73,7 +76,9 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @click.option("--model", required=True, help="'smollm2', a Hugging Face model folder, or a name on the hub.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The artifact to write.")
 @click.option("--profile", type=click.Choice(["kvtc", "paper"]), default="kvtc", show_default=True)
-@click.option("--groups", type=int, help="Layer groups, a transform and a stream each.  [default: kvtc 2, paper 1]")
+@click.option("--groups", type=int,
+              help="Layer groups, a transform and a stream each.  [default: paper 1; kvtc 2, or more so that none has "
+              "over 16,384 channels]")  # fmt: skip
 @click.option("--tokens", default=200_000, show_default=True, help="Calibration tokens.")
 @click.option("--ratios", type=Numbers(), default="16,30,60", show_default=True, help="Target ratios of coded tokens.")
 @click.option("--kls", type=Numbers(), default="", help="Target KLs, nats per token, e.g. 0.005 (kvtc only).")
@@ -83,7 +88,9 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @click.option("--block-tokens", default=16, show_default=True, help="Tokens of an engine block.")
 @click.option("--context", default=2048, show_default=True, help="Tokens of a calibration sequence.")
 @click.option("--fisher-sequences", type=int, help="Sequences for the Fisher weights.  [default: 64]")
-@click.option("--max-rank", type=int, help="Components kept per layer group at most.  [default: 10000]")
+@click.option(
+    "--max-rank", type=int, help="Components kept per layer group at most.  [default: kvtc 6144, paper 10000]"
+)
 @click.option("--kl-sequences", default=8, show_default=True,
               help="Held-out sequences for the expected KL; 0 leaves it out.")  # fmt: skip
 @click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE.yaml", is_eager=True, callback=read_recipe,
@@ -104,10 +111,12 @@ def command(
 
     Tells time and memory before it starts. Interrupted, it leaves no file.
     """
+    if max_rank is None and profile == "paper":
+        max_rank = PAPER_RANK
     optional = {"fisher_sequences": fisher_sequences, "max_rank": max_rank}
     config = CalibrationConfig(
-        profile=profile, groups=DEFAULT_GROUPS[profile] if groups is None else groups, ratios=ratios, kls=kls,
-        tp_size=tp_size, block_tokens=block_tokens, seed=seed,
+        profile=profile, groups=1 if groups is None else groups, ratios=ratios, kls=kls, tp_size=tp_size,
+        block_tokens=block_tokens, seed=seed,
         **{name: value for name, value in optional.items() if value is not None},
     )  # fmt: skip
     check_config(config, kl_sequences)
@@ -117,6 +126,8 @@ def command(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(model, device, dtype, compute_dtype)
+    if groups is None and profile == "kvtc":
+        config = replace(config, groups=default_groups(loaded.shape, tp_size))
     texts = draw_texts(loaded, data, tokens, context, max(held_out_sequences(tokens, context), kl_sequences))
     console = Console(stderr=True)
     for warning in check_tokens(fit_tokens(texts), tokens, loaded.shape, config):

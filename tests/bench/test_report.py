@@ -49,11 +49,18 @@ def test_the_picture_is_drawn(tmp_path):
         plot(rows(), tmp_path / "stages.gif")
 
 
-def test_spectrum_is_the_measured_curve_stretched():
-    small, large = spectrum(MEASURED_CHANNELS, 0), spectrum(4 * MEASURED_CHANNELS, 0)
+@pytest.mark.parametrize(("group", "groups"), [(0, 1), (1, 2), (0, 4), (2, 5)])
+def test_spectrum_is_the_measured_curve_stretched(group, groups):
+    small, large = spectrum(MEASURED_CHANNELS, group, groups), spectrum(4 * MEASURED_CHANNELS, group, groups)
     assert bool((small[1:] <= small[:-1]).all())
-    assert float(small[0]) == pytest.approx(21.7747, rel=1e-5)
     torch.testing.assert_close(large[::4], small, rtol=1e-3, atol=1e-5)
+
+
+def test_groups_take_the_curve_of_their_place_in_the_model():
+    firsts = [float(spectrum(MEASURED_CHANNELS, g, 4)[0]) for g in range(4)]
+    assert len(set(firsts)) == 4
+    assert [float(spectrum(MEASURED_CHANNELS, g, 8)[0]) for g in (0, 7)] == [firsts[0], firsts[3]]
+    assert float(spectrum(MEASURED_CHANNELS, 1, 2)[0]) not in firsts
 
 
 def test_a_synthetic_cache_reaches_the_ratio_it_was_made_for():

@@ -90,8 +90,8 @@ def test_columns_stay_orthonormal_within_a_percent():
 def test_exponent_follows_the_channels(channels):
     exponent = exponent_of(channels)
     assert 0 <= exponent <= UNIT_BITS
-    # An entry of the usual size takes 84 to 168 units of 2**-exponent.
-    assert 84 <= 2**exponent / math.sqrt(channels) <= 169
+    # An entry of the usual size takes 42 to 84 units of 2**-exponent.
+    assert 42 <= 2**exponent / math.sqrt(channels) <= 85
 
 
 def test_scales_are_the_least_that_hold_a_column():
@@ -108,7 +108,7 @@ def test_scales_are_the_least_that_hold_a_column():
     assert int(scale[7]) == math.ceil(2**exponent / 127) <= 255
     assert int(scale[8]) == 1
     usual = scale[torch.tensor([j for j in range(60) if j not in (7, 8)])]
-    assert 3 <= int(usual.min()) <= int(usual.max()) <= 8
+    assert 2 <= int(usual.min()) <= int(usual.max()) <= 4
 
 
 @pytest.mark.parametrize("channels", [8, 64, 1536])
@@ -122,11 +122,13 @@ def test_columns_of_a_single_entry_are_kept(channels):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_gpu_rounds_as_well():
+    """Not to the same bits, since its sums differ in the last place, but leaking as little."""
     generator = np.random.default_rng(fresh_seed())
     basis, deviation = orthonormal(generator, 768, 100), deviations(768, 0.8)
-    entries, scale, exponent = (
-        x.cpu() if isinstance(x, Tensor) else x for x in quantise_narrow(basis.cuda(), deviation.cuda())
-    )
     leading = basis[:, :GUARDED].double() * deviation[:GUARDED].double()
-    ours = (leading.T @ (stored(entries, scale, exponent) - basis)).square().sum()
-    assert ours * 100 < (leading.T @ (plain(basis, scale, exponent) - basis)).square().sum()
+
+    def leak(device):
+        entries, scale, exponent = quantise_narrow(basis.to(device), deviation.to(device))
+        return (leading.T @ (stored(entries.cpu(), scale.cpu(), exponent) - basis)).square().sum()
+
+    assert leak("cuda") < 1.5 * leak("cpu")
