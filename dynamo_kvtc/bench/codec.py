@@ -223,7 +223,7 @@ def _floors(
         "decode rANS": (coded + tokens * rank) / memory,
         "encode gather": (raw + tokens * inputs) / memory, "encode project": (narrow + high + wide8) / ops8,
         "encode quantise": tokens * rank * (4 + 2) / memory, "encode rANS": (2 * tokens * rank + coded) / memory,
-        "encode pack": 2 * coded / memory, "encode copy": coded / rates["d2h_bytes_s"],
+        "encode pack": 2 * coded / memory, "encode checksum": 2 * coded / memory,
     }  # fmt: skip
 
 

@@ -16,8 +16,8 @@ GUARDED = 64
 """Leading components that rounding errors are kept orthogonal to."""
 
 _LEVELS_PER_SIGMA = 59.5
-"""Sets the exponent: an entry of standard deviation 1 / sqrt(P) is about 26 units at a scale of 2 or 3, levels a step, so
-symbols up to 42 or 63 are narrow. Twice as many levels did SmolLM2 no good (KL .00073 for .00075 at 19x, .0064 for
+"""Sets the exponent: an entry of standard deviation 1 / sqrt(P) is about 26 units at a scale of 2 or 3, levels a step,
+and symbols up to 42 or 63 are narrow. Twice as many levels did SmolLM2 no good (KL .00073 for .00075 at 19x, .0064 for
 .0059 at 58x) and made twice as many components wide; half as many had .00084 at 19x."""
 
 

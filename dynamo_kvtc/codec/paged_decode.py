@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,11 +27,9 @@ if TYPE_CHECKING:
 _NEAR = 4096
 """Bytes: gaps between records up to this are copied along."""
 
-_KEPT_ANGLES = 4
-"""Chunks whose rotations are kept from one layer group to the next; with more, they are computed again."""
-
 _RING = 3
-"""Chunks whose records may be on the GPU at once: one being decoded, the others on their way."""
+"""Chunks whose records may be on the GPU at once: one being decoded, the others on their way. A call of so many chunks
+or fewer brings them there once; a longer one, for every layer group again."""
 
 
 @dataclass
@@ -94,7 +94,18 @@ class _Chunk:
     tokens: slice
     start: int
     end: int
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A chunk on the GPU but for its records. arrays: those of all layer groups; by_group: [G, ...], a row each;
+    most: int64 [G], bytes of the largest section; angles: cos and sin, float32 [n, pairs], of n coded tokens."""
+
     plan: _Plan
+    arrays: dict[str, Tensor]
+    by_group: dict[str, Tensor]
+    most: NDArray[np.int64]
+    angles: tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,7 @@ class Decoder(ABC):
         self._chosen = torch.empty(t, dtype=torch.int64, device=device)
         self._exact_slots = torch.empty(t, dtype=torch.int64, device=device)
         self._crc = torch.empty(t, dtype=torch.int32, device=device)
-        self._mailbox = Mailbox(device, 512 + t * 160)
+        self._mailbox = Mailbox(device, 4096 + t * (112 + 64 * len(codec.artifact.manifest.groups)))
 
     @property
     def nbytes(self) -> int:
@@ -158,26 +169,35 @@ class Decoder(ABC):
     def decode(
         self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks
     ) -> Restore:  # fmt: skip
+        groups = range(len(self._codec.artifact.manifest.groups))
+        chunks = self._chunks(len(arena), offsets, sizes, blocks)
+        once = len(chunks) <= _RING
+        items = [(g, i, i if once else (g * len(chunks) + i) % _RING) for g in groups for i in range(len(chunks))]
+        loads = (self._load(arena, chunks[i], turn) for g, i, turn in items if g == 0 or not once)
+        # What the headers say is checked while the first records are on their way.
+        arrived = deque(itertools.islice(loads, _RING))
         batch = read_headers(arena.numpy(), offsets, sizes, blocks.counts, self._codec.identity)
-        chunks = self._chunks(offsets, sizes, blocks, batch)
+        self._check_moved(chunks, sizes, batch)
         host = torch.empty(len(blocks.counts), dtype=torch.int32, pin_memory=self._cuda)
         host.copy_(torch.from_numpy(batch.status))
         events: list[Any] = []
-        done = None
-        if self._stream is not None and self._copies is not None:
+        if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             # Taken on the stream that works with it: given back before the GPU is done, it must not go elsewhere.
             status = torch.empty(len(blocks.counts), dtype=torch.int32, device=self._device)
             status.copy_(host, non_blocking=True)
-            turn, angles = 0, dict[int, tuple[Tensor, Tensor]]()
-            for g in range(len(self._codec.artifact.manifest.groups)):
-                for chunk in chunks:
-                    self._group(arena, g, chunk, blocks, batch, status, turn % _RING, angles)
-                    if len(chunks) > _KEPT_ANGLES:
-                        angles.clear()
-                    turn += 1
-                events.append(self._event())
+            kept: dict[int, _Sent] = {}
+            for g, i, turn in items:
+                sent = kept.get(i) or self._send(chunks[i], blocks, batch)
+                if once:
+                    kept[i] = sent
+                if g == 0 or not once:
+                    self._wait(arrived.popleft())
+                self._group(g, chunks[i], sent, status, turn)
+                arrived.extend(itertools.islice(loads, 1))
+                if i == len(chunks) - 1:
+                    events.append(self._event())
             host.copy_(status, non_blocking=True)
             done = self._event()
         return Restore(events, host, done)
@@ -190,16 +210,17 @@ class Decoder(ABC):
         return event
 
     def _chunks(
-        self, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks, batch: HeaderBatch
-    ) -> list[_Chunk]:
+        self, room: int, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks
+    ) -> list[_Chunk]:  # fmt: skip
         """Chunks of whole blocks that fit the workspace. Records that follow each other are copied at once."""
-        limits, counts, slots = self._codec.limits, blocks.counts, blocks.slots.numpy()
-        total, sound = len(counts), batch.status == 0
+        limits, counts = self._codec.limits, blocks.counts
+        total = len(counts)
+        there = (offsets >= 0) & (sizes >= 0) & (offsets <= room - sizes) & (sizes <= limits.record_bytes)
         reach = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        # A record that is not sound moves nothing: it counts as lying where the last sound one ends.
-        last = np.maximum.accumulate(np.where(sound, np.arange(total), -1))
+        # A record that is not there moves nothing: it counts as lying where the last one that is ends.
+        last = np.maximum.accumulate(np.where(there, np.arange(total), -1))
         ends = np.where(last >= 0, (offsets + sizes)[last], 0)
-        starts = np.where(sound, offsets, ends)
+        starts = np.where(there, offsets, ends)
         # Copied at once: records that follow each other without a gap as large as a record.
         follows = np.zeros(total, dtype=np.bool_)
         follows[1:] = (starts[1:] >= ends[:-1]) & (starts[1:] - ends[:-1] <= np.maximum(sizes[1:], _NEAR))
@@ -208,62 +229,79 @@ class Decoder(ABC):
         while start < total:
             end = int(breaks[np.searchsorted(breaks, start, side="right")])
             end = min(end, int(np.searchsorted(reach, reach[start] + limits.decode_tokens, side="right")) - 1)
-            room = starts[start] + limits.record_bytes
-            end = min(end, start + int(np.searchsorted(ends[start:end], room, side="right")))
+            end = min(end, start + int(np.searchsorted(ends[start:end], starts[start] + limits.record_bytes, "right")))
             if end <= start:
                 raise ConfigError(
-                    f"a block of {counts[start]} tokens and {sizes[start]} bytes; PagedLimits allows "
-                    f"{limits.decode_tokens} tokens and {limits.record_bytes} bytes"
+                    f"a block of {counts[start]} tokens; PagedLimits.decode_tokens is {limits.decode_tokens}"
                 )
             first = int(starts[start])
             tokens = slice(int(reach[start]), int(reach[end]))
-            own = slice(start, end)
-            plan = _Plan.of(counts[own], slots[tokens], batch, own, tokens)
-            out.append(_Chunk(own, tokens, first, max(int(ends[end - 1]), first), plan))
+            out.append(_Chunk(slice(start, end), tokens, first, max(int(ends[end - 1]), first)))
             start = end
         return out
 
-    def _group(
-        self, arena: Tensor, g: int, chunk: _Chunk, blocks: Blocks, batch: HeaderBatch, status: Tensor, turn: int,
-        angles: dict[int, tuple[Tensor, Tensor]],
-    ) -> None:  # fmt: skip
-        """One layer group of one chunk. angles: rotations of chunks by their first block, kept for the next group."""
-        codec, own, plan = self._codec, chunk.blocks, chunk.plan
-        layers = codec.artifact.manifest.groups[g]
-        bytes_exact = plan.exact_of * (layers[1] - layers[0]) * codec.artifact.shape.bytes_per_layer_token
-        where = np.where(plan.sound, batch.sections[own, g, 0] - chunk.start, 0)
-        section = batch.sections[own, g, 1]
-        short = plan.sound & (section < bytes_exact)
-        more, base = self._arrays(g, Coded(plan.sound, where, section, bytes_exact, plan.arrays["counts"], short))
-        arrays = plan.arrays | more
-        arrays |= {
-            "where": where, "section": section, "crc": batch.crc[own, g].view(np.int32),
-            "exact_base": base[plan.arrays["exact_block"]],
-        }  # fmt: skip
+    def _check_moved(self, chunks: list[_Chunk], sizes: NDArray[np.int64], batch: HeaderBatch) -> None:
+        """Raises ConfigError for a sound record that is too large to be moved."""
+        most = int(sizes[batch.status == 0].max(initial=0))
+        if most > self._codec.limits.record_bytes:
+            raise ConfigError(
+                f"a record of {most} bytes; PagedLimits.record_bytes is {self._codec.limits.record_bytes}"
+            )
+
+    def _load(self, arena: Tensor, chunk: _Chunk, turn: int) -> Any:
+        """A chunk's records on their way to the GPU; the event of their arrival."""
         with torch.cuda.stream(self._copies) if self._copies is not None else nullcontext():
             if self._copies is not None:
                 self._copies.wait_event(self._free[turn])
-            ring = self._ring[turn]
             if chunk.end > chunk.start:
-                ring[: chunk.end - chunk.start].copy_(arena[chunk.start : chunk.end], non_blocking=True)
-            arrived = self._event()
-        sent = self._mailbox.send(arrays)
+                self._ring[turn][: chunk.end - chunk.start].copy_(arena[chunk.start : chunk.end], non_blocking=True)
+            return self._event()
+
+    def _wait(self, arrived: Any) -> None:
         if arrived is not None and self._stream is not None:
-            codec.mark("decode")
+            self._codec.mark("decode")
             self._stream.wait_event(arrived)
-            codec.mark("wait for copy")
-        own_status = status[own]
-        n, crc = len(plan.arrays["slots"]), self._crc[: len(where)]
-        source = self._receive(ring, sent, crc, int(section.max(initial=0)))
+            self._codec.mark("wait for copy")
+
+    def _send(self, chunk: _Chunk, blocks: Blocks, batch: HeaderBatch) -> _Sent:
+        """What the kernels need to know of a chunk, for all layer groups at once."""
+        codec, own = self._codec, chunk.blocks
+        plan = _Plan.of(blocks.counts[own], blocks.slots.numpy()[chunk.tokens], batch, own, chunk.tokens)
+        rows: list[dict[str, NDArray]] = []
+        for g, (start, end) in enumerate(codec.artifact.manifest.groups):
+            exact = plan.exact_of * (end - start) * codec.artifact.shape.bytes_per_layer_token
+            where = np.where(plan.sound, batch.sections[own, g, 0] - chunk.start, 0)
+            section = batch.sections[own, g, 1]
+            short = plan.sound & (section < exact)
+            more, base = self._arrays(g, Coded(plan.sound, where, section, exact, plan.arrays["counts"], short))
+            rows.append(
+                more | {
+                    "where": where, "section": section, "crc": batch.crc[own, g].view(np.int32),
+                    "exact_base": base[plan.arrays["exact_block"]],
+                }
+            )  # fmt: skip
+        stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        sent = self._mailbox.send(plan.arrays | stacked)
+        by_group = {name: sent.pop(name) for name in stacked}
+        angles = codec.rotations.at(sent["positions"])
+        codec.mark("rotations")
+        return _Sent(plan, sent, by_group, stacked["section"].max(axis=1, initial=0), angles)
+
+    def _group(self, g: int, chunk: _Chunk, sent: _Sent, status: Tensor, turn: int) -> None:
+        """One layer group of one chunk, whose records are in the ring."""
+        codec, own, plan, ring = self._codec, chunk.blocks, sent.plan.arrays, self._ring[turn]
+        layers = codec.artifact.manifest.groups[g]
+        arrays = sent.arrays | {name: x[g] for name, x in sent.by_group.items()}
+        own_status, crc = status[own], self._crc[: own.stop - own.start]
+        source = self._receive(ring, arrays, crc, int(sent.most[g]))
         codec.mark("checksum")
-        if own.start not in angles:
-            angles[own.start] = codec.rotations.at(sent["positions"])
-            codec.mark("rotations")
-        self._coded(g, ring, sent, own_status, n, max(1, int(plan.arrays["counts"].max(initial=0))), angles[own.start])
-        if len(plan.arrays["exact_slots"]):
-            chosen = self._exact_slots[: len(plan.arrays["exact_slots"])]
-            lanes.select(own_status, sent["exact_block"], sent["exact_slots"], chosen)
-            scatter_exact(codec.cache, layers, chosen, sent["exact_base"], sent["index"], sent["count"], source)
+        self._coded(g, ring, arrays, own_status, len(plan["slots"]), max(1, int(plan["counts"].max())), sent.angles)
+        if len(plan["exact_slots"]):
+            chosen = self._exact_slots[: len(plan["exact_slots"])]
+            lanes.select(own_status, arrays["exact_block"], arrays["exact_slots"], chosen)
+            scatter_exact(
+                codec.cache, layers, chosen, arrays["exact_base"], arrays["index"], arrays["count"], source
+            )  # fmt: skip
             codec.mark("exact")
         if self._cuda:
             self._free[turn].record()

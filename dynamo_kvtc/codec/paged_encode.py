@@ -38,26 +38,42 @@ class Encoded:
     sizes: NDArray[np.int64]
     exact: NDArray[np.bool_]
     asked: NDArray[np.bool_]
-    _pending: list[tuple[Any, ...]]
+    _pending: list[_Headless]
     _codec: PagedCodec
     _arena: Tensor
-    _done: Any
 
     def finish(self) -> None:
         """Waits for the GPU and writes the headers: now the records are whole. Raises ConfigError from them."""
-        if self._done is not None:
-            self._done.synchronize()
-        for blocks, positions, exact, offsets, sizes, crc in self._pending:
-            checksums = crc.numpy().view(np.uint32).reshape(sizes.shape[::-1]).T
-            write_headers(
-                self._arena.numpy(), offsets, self._codec.identity, blocks, positions, exact, sizes, checksums
-            )
+        for records in self._pending:
+            self._complete(records)
         self._pending = []
+
+    def _complete(self, records: _Headless) -> None:
+        if records.done is not None:
+            records.done.synchronize()
+        checksums = records.crc.numpy().view(np.uint32).reshape(records.sizes.shape[::-1]).T
+        write_headers(
+            self._arena.numpy(), records.offsets, self._codec.identity, records.counts, records.positions,
+            records.exact, records.sizes, checksums,
+        )  # fmt: skip
 
     def records(self) -> list[bytes]:
         """Copies of the finished records."""
         data = self._arena.numpy()
         return [data[o : o + s].tobytes() for o, s in zip(self.offsets, self.sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Headless:
+    """Records without headers. crc: int32, of their sections, layer group by layer group; done: when they are there."""
+
+    counts: NDArray[np.int32]
+    positions: NDArray[np.int64]
+    exact: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    crc: Tensor
+    done: Any
 
 
 @dataclass
@@ -90,7 +106,11 @@ class Encoder(ABC):
         self._measured = torch.empty(2, len(groups), t, 4, dtype=torch.int32, device=device)
         self._measured_host = torch.empty(2, len(groups), t, 4, dtype=torch.int32, pin_memory=self._cuda)
         self._skip_host = torch.empty(2, t, dtype=torch.uint8, pin_memory=self._cuda)
+        self._copies = torch.cuda.Stream(device) if self._cuda else None
         self._staging = torch.empty(codec.limits.record_bytes + ALIGNMENT, dtype=torch.uint8, device=device)
+        # Records as they will lie in the arena, and when the last ones have left.
+        self._records = torch.empty(codec.limits.record_bytes, dtype=torch.uint8, device=device)
+        self._left = torch.cuda.Event() if self._cuda else None
         self._crc = torch.empty(t * len(groups), dtype=torch.int32, device=device)
         self._mailbox = Mailbox(device, 512 + t * (96 + 48 * len(groups)))
 
@@ -136,7 +156,7 @@ class Encoder(ABC):
         asked = (positions < self._codec.policy.sinks if blocks.exact is None else blocks.exact).numpy()
         out = Encoded(
             np.zeros(len(counts), np.int64), np.zeros(len(counts), np.int64), np.zeros(len(asked), np.bool_), asked, [],
-            self._codec, arena, None,
+            self._codec, arena,
         )  # fmt: skip
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -151,9 +171,6 @@ class Encoder(ABC):
                 first += len(own)
             if before is not None:
                 self._back(out, before[0], before[1], blocks, at)
-            if self._stream is not None:
-                out._done = torch.cuda.Event()
-                out._done.record()
         return out
 
     def _front(
@@ -217,18 +234,27 @@ class Encoder(ABC):
         out.offsets[own], out.sizes[own] = offsets, total
         targets = (offsets + header)[:, None] + np.cumsum(sizes, axis=1) - sizes
         staged = -(-sizes // ALIGNMENT) * ALIGNMENT
-        for part in _runs(staged.sum(axis=1), self._codec.limits.record_bytes):
-            crc = self._write(chunk, part, first, exact, exact_bytes, sizes, staged, targets, out._arena, blocks)
+        before, out._pending = out._pending, []
+        for part in _runs(np.maximum(staged.sum(axis=1), padded), self._codec.limits.record_bytes):
+            begin, end = int(offsets[part.start]), int(offsets[part.stop - 1] + total[part.stop - 1])
+            crc = self._write(chunk, part, first, exact, exact_bytes, sizes, staged, targets - begin, blocks)
+            done = self._leave(out._arena[begin:end])
             here = slice(int(first[part.start]), int(first[part.start] + counts[part].sum()))
-            out._pending.append((counts[part], positions[here], exact[here], offsets[part], sizes[part], crc))
+            out._pending.append(
+                _Headless(counts[part], positions[here], exact[here], offsets[part], sizes[part], crc, done)
+            )
+        # Headers of the chunk before, while the GPU has this one to do.
+        for records in before:
+            out._complete(records)
         return int(offsets[-1] + padded[-1])
 
     def _write(
         self, chunk: EncodeChunk, part: slice, first: NDArray[np.int64], exact: NDArray[np.bool_],
         exact_bytes: NDArray[np.int64], sizes: NDArray[np.int64], staged: NDArray[np.int64],
-        targets: NDArray[np.int64], arena: Tensor, blocks: Blocks,
+        targets: NDArray[np.int64], blocks: Blocks,
     ) -> Tensor:  # fmt: skip
-        """Sections of some of the chunk's blocks into staging, then with their checksums into the arena."""
+        """Sections of some of the chunk's blocks into staging, then to where ``targets`` says in ``self._records``.
+        Returns their checksums, on the host once the GPU is done."""
         codec, counts = self._codec, chunk.counts[part]
         begin = int(first[part.start])
         tokens = slice(begin, begin + int(counts.sum()))
@@ -260,14 +286,29 @@ class Encoder(ABC):
                 )  # fmt: skip
             self._payloads(g, chunk, part, tokens, sent, int(payloads[:, g].max()))
         codec.mark("pack")
+        if self._left is not None:
+            torch.cuda.current_stream().wait_event(self._left)
         crc = self._crc[: sizes[part].size]
         copy_ranges_device(
-            self._staging, sent["base"], sent["sizes"], arena, sent["targets"], crc, int(sizes[part].max())
+            self._staging, sent["base"], sent["sizes"], self._records, sent["targets"], crc, int(sizes[part].max())
         )
-        codec.mark("copy")
+        codec.mark("checksum")
         found = torch.empty(len(crc), dtype=torch.int32, pin_memory=self._cuda)
         found.copy_(crc, non_blocking=True)
         return found
+
+    def _leave(self, target: Tensor) -> Any:
+        """``self._records`` into the arena, beside whatever the GPU does next; the event of their arrival."""
+        if self._copies is None or self._left is None:
+            target.copy_(self._records[: len(target)])
+            return None
+        self._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copies):
+            target.copy_(self._records[: len(target)], non_blocking=True)
+            self._left.record()
+            done = torch.cuda.Event()
+            done.record()
+        return done
 
 
 def workspace_bytes(owner: object, device: torch.device) -> int:
