@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dynamo_kvtc.calibrate.collect import parts_of, split_layers
-from dynamo_kvtc.calibrate.importance import LEADING, ImportanceModel
+from dynamo_kvtc.calibrate.importance import LEADING, ImportanceModel, component_order
 from dynamo_kvtc.calibrate.narrow import quantise_narrow
 from dynamo_kvtc.calibrate.points import KvtcPoints, KvtcTransform
 from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Artifact, Manifest, seal
@@ -52,10 +52,10 @@ _OF_FOUR_GROUPS = (
      0.0523, 0.0362, 0.0236, 0.0156, 0.0128, 0.0043),
 )  # fmt: skip
 
-_OUTLIERS = 0.4
-"""Share of the channels that the largest components live in: such channels need two bytes an input. Of SmolLM2's, about
-half do at 20x and a quarter at 30x."""
-_OUTLIER_COMPONENTS = 64 / MEASURED_CHANNELS
+_CHANNEL_SPREAD = 0.8
+"""Standard deviation of the logarithm of how far channels reach, in the components that hold nearly all of the energy.
+Of SmolLM2's channels, half need two bytes an input at 20x, a quarter at 30x, a tenth at 60x."""
+_LARGE_COMPONENTS = 512 / MEASURED_CHANNELS
 _SPREAD = 0.15
 """Standard deviation of the logarithm of a token's activity."""
 _FINENESS_SPREAD = 1.5
@@ -137,15 +137,16 @@ class Synthetic:
     def _transform(self, i: int, rank: int) -> KvtcTransform:
         part, channels = self._parts[i], self._parts[i].channels
         basis = torch.randn(channels, rank, generator=self._generator, device=self.device)
-        outliers = max(2, int(channels * _OUTLIERS))
-        sparse = max(1, min(int(channels * _OUTLIER_COMPONENTS), outliers // 2, rank))
-        order = torch.randperm(channels, generator=self._generator, device=self.device)
-        basis[order[outliers:], :sparse] = 0
+        reach = (_CHANNEL_SPREAD * torch.randn(channels, 1, generator=self._generator, device=self.device)).exp()
+        basis[:, : max(1, int(channels * _LARGE_COMPONENTS))] *= reach
         basis = torch.linalg.qr(basis).Q.contiguous()
         weight = (0.5 * torch.randn(channels, generator=self._generator, device=self.device)).exp()
         mean = torch.randn(channels, generator=self._generator, device=self.device) / weight
+        order, probes = component_order(rank)
+        basis = basis[:, order.to(self.device)].contiguous()
+        self._deviations[i][:rank] = self._deviations[i][order.to(self.device)]
         narrow = quantise_narrow(basis, self._deviations[i])
-        return KvtcTransform(part, mean, weight, quantise_basis(basis), *narrow)
+        return KvtcTransform(part, mean, weight, quantise_basis(basis), *narrow, probes)
 
     def _importance(self, i: int) -> ImportanceModel:
         """Weights that spread fineness by about as much as real ones do."""
@@ -154,7 +155,7 @@ class Synthetic:
         weights = torch.randn(2, count, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
         weights *= _FINENESS_SPREAD / (2 * count) ** 0.5 / spread
         bias = FINENESS_NEUTRAL - float((weights[0] * spread * (2 / torch.pi) ** 0.5).sum())
-        return ImportanceModel(weights, bias)
+        return ImportanceModel(weights, bias, self._transforms[i].probes)
 
     def _components(self, i: int, tokens: int) -> Tensor:
         """float32 [T, R]."""

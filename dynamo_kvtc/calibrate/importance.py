@@ -5,6 +5,10 @@ importance is its squared Fisher gradient relative to the channels' mean. Its lo
 first coefficients and their magnitudes; what recency explains is fitted beside and left out, because it passes. At
 equal bits the loss is least when a token's squared step is inversely proportional to its importance (reverse
 water-filling); STRENGTH tempers that, since the prediction is rough.
+
+A token unlike the calibration's texts spreads over components that hardly any of those used, each below half a step and
+lost. Probes, components from all over the spectrum, are coded with the common step, too: the busier they are, the finer
+the token.
 """
 
 from __future__ import annotations
@@ -20,9 +24,17 @@ from dynamo_kvtc.ops.quantize import FINENESS_NEUTRAL, SCORE_BITS
 LEADING = 32
 """Components that predict: all are worth little more, and these are coded with the common step."""
 
+PROBES = 96
+
+PROBE_STRENGTH = 1.0
+"""1: a token whose probes say that it loses twice as much gets steps that halve its loss."""
+
 STRENGTH = 0.7
 _LEVELS_PER_NAT = 0.5 * 4 / math.log(2)
 """Fineness levels (a quarter octave of step each) per nat of importance, of which the step takes the square root."""
+
+_LEVELS_PER_OCTAVE_OF_LOSS = 2.0
+"""A level is a quarter octave of step, half an octave of its square."""
 
 _RIDGE = 100.0
 _MIN_TOKENS = 20
@@ -32,26 +44,74 @@ _REFINEMENTS = 15
 
 @dataclass(frozen=True)
 class ImportanceModel:
-    """weights float64 [2, F]: fineness levels per unit of |y| and of y; bias: levels. F = 0: every token alike."""
+    """weights float64 [2, F]: fineness levels per unit of |y| and of y; bias: levels; probes: components that follow.
+
+    F = 0 and no probes: every token alike."""
 
     weights: Tensor
     bias: float
+    probes: int = 0
 
     @classmethod
     def none(cls) -> ImportanceModel:
         return cls(torch.zeros(2, 0, dtype=torch.float64), float(FINENESS_NEUTRAL))
 
-    def at_step(self, step: float) -> tuple[Tensor, int]:
-        """weights int32 [2, F] for symbols of this step and bias, in units of 2**-SCORE_BITS of a level."""
+    def at_step(self, step: float, coefficients: Tensor, outside: Tensor) -> tuple[Tensor, int]:
+        """weights int32 [2, F + probes] for symbols of this step and bias, in units of 2**-SCORE_BITS of a level.
+
+        coefficients: float32 [n, R] of sampled tokens; outside: float32 [n], energy that no component holds.
+        """
+        weights, bias = self.weights * step, self.bias
+        if self.probes:
+            of_probes, at_rest = self._probe(coefficients / step, outside.double() / step**2)
+            weights = torch.cat([weights, torch.stack([of_probes, torch.zeros_like(of_probes)])], dim=1)
+            bias += at_rest
         limit = 2.0**31 - 1
-        scaled = (self.weights * step * 2**SCORE_BITS).round().clamp(-limit, limit)
-        return scaled.to(torch.int32), round(max(-limit, min(limit, self.bias * 2**SCORE_BITS)))
+        scaled = (weights * 2**SCORE_BITS).round().clamp(-limit, limit)
+        return scaled.to(torch.int32), round(max(-limit, min(limit, bias * 2**SCORE_BITS)))
+
+    def _probe(self, y: Tensor, outside: Tensor) -> tuple[Tensor, float]:
+        """Levels per symbol of each probe, float64 [probes], and of none, by what tokens lose at the common step."""
+        first = self.weights.shape[1]
+        q = (y[:, first:].abs() + 0.45).floor()
+        lost = (y[:, first:].abs() - q).square().sum(dim=1, dtype=torch.float64) + outside
+        busy = q[:, : self.probes].double()
+        # Each probe counts relative to what is usual in it, so that none outweighs the others.
+        share = 1 / (1 + busy.mean(dim=0))
+        signal = busy @ share
+        usual = float(signal.mean())
+        x = signal / max(usual, 1e-9) - 1
+        variance = float(x.square().mean())
+        if variance < 1e-6:
+            return torch.zeros(self.probes, dtype=torch.float64), 0.0
+        target = lost.clamp(min=1e-9).log2()
+        slope = max(0.0, float((x * (target - target.mean())).mean()) / variance)
+        levels = PROBE_STRENGTH * _LEVELS_PER_OCTAVE_OF_LOSS * slope
+        return (share * (levels / usual)).cpu(), -levels
 
 
-def fit_importance(coefficients: Tensor, importance: Tensor, age: Tensor) -> ImportanceModel:
+def component_order(rank: int) -> tuple[Tensor, int]:
+    """int64 [rank]: components by falling variance, but for the probes behind the leading ones; and how many they are.
+
+    Probes lie ever farther apart: whatever the step, some of them are about as large as it.
+    """
+    leading = min(LEADING, rank)
+    count = min(PROBES, (rank - leading) // 4)
+    at = torch.logspace(math.log10(2 * LEADING), math.log10(max(rank, 2 * LEADING + 1)), 2 * PROBES).long()
+    probes = at[at < rank].unique()
+    probes = probes[probes >= leading]
+    if count < len(probes):
+        probes = probes[torch.linspace(0, len(probes) - 1, count).long()]
+    others = torch.ones(rank, dtype=torch.bool)
+    others[:leading], others[probes] = False, False
+    return torch.cat([torch.arange(leading), probes, others.nonzero()[:, 0]]), len(probes)
+
+
+def fit_importance(coefficients: Tensor, importance: Tensor, age: Tensor, probes: int = 0) -> ImportanceModel:
     """The model of one layer group.
 
-    coefficients: float32 [n, R]; importance: float32 [n], not negative; age: float32 [n], tokens to the context's end.
+    coefficients: float32 [n, R]; importance: float32 [n], not negative; age: float32 [n], tokens to the context's end;
+    probes: of the transform.
     """
     count = min(LEADING, coefficients.shape[1])
     if len(coefficients) < _MIN_TOKENS * (2 * count + 2):
@@ -76,4 +136,4 @@ def fit_importance(coefficients: Tensor, importance: Tensor, age: Tensor) -> Imp
     # Without recency and centred: on average a token keeps the common step.
     slope = STRENGTH * _LEVELS_PER_NAT * weights[: 2 * count] / spread[: 2 * count]
     bias = FINENESS_NEUTRAL - float((slope * mean[: 2 * count]).sum())
-    return ImportanceModel(slope.reshape(2, count).cpu(), bias)
+    return ImportanceModel(slope.reshape(2, count).cpu(), bias, probes)

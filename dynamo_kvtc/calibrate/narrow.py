@@ -29,17 +29,17 @@ def exponent_of(channels: int) -> int:
 def quantise_narrow(basis: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor, int]:
     """int8 entries [P, R], scales uint8 [R] and the exponent: basis is close to entries * scale * 2**-exponent.
 
-    basis: float32 [P, R], orthonormal columns by falling variance; deviation: float32 [P], the square root of every
-    eigenvalue of the channels' covariance, falling.
+    basis: float32 [P, R], orthonormal columns; deviation: float32 [P], the square root of every eigenvalue of the
+    channels' covariance, the columns' first.
     """
     channels, rank = basis.shape
     exponent = exponent_of(channels)
     scale = (basis.abs().amax(dim=0) * (2**exponent / 127)).ceil().clamp(1, 255)
-    guarded = min(GUARDED, rank)
-    guard = basis[:, :guarded] * deviation[:guarded]
+    guarded = deviation[:rank].topk(min(GUARDED, rank)).indices
+    guard = basis[:, guarded] * deviation[guarded]
     # What is not guarded against is spread over all channels alike.
-    rest = float(deviation[guarded:].square().sum()) / channels + 1e-12
-    leak = torch.zeros(rank, guarded, device=basis.device)
+    rest = float(deviation.square().sum() - deviation[guarded].square().sum()) / channels + 1e-12
+    leak = torch.zeros(rank, len(guarded), device=basis.device)
     entries = torch.empty(channels, rank, dtype=torch.int8, device=basis.device)
     power = guard.square().sum(dim=1) + rest
     for p in range(channels):

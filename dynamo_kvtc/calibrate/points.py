@@ -12,12 +12,13 @@ from torch import Tensor
 from dynamo_kvtc.calibrate.allocate import fit_paper_part, paper_unit
 from dynamo_kvtc.calibrate.collect import CacheModel, CacheSample, Fisher, Part, Progress
 from dynamo_kvtc.calibrate.covariance import eigenbasis
-from dynamo_kvtc.calibrate.importance import LEADING, ImportanceModel, fit_importance
+from dynamo_kvtc.calibrate.importance import LEADING, ImportanceModel, component_order, fit_importance
 from dynamo_kvtc.calibrate.narrow import quantise_narrow
 from dynamo_kvtc.calibrate.solve import solve_step
 from dynamo_kvtc.calibrate.tables import PointTables, fit_tables
 from dynamo_kvtc.codec.artifact import Point
-from dynamo_kvtc.codec.lanes import overhead_bits_per_token
+from dynamo_kvtc.codec.kvtc_point import LANES
+from dynamo_kvtc.codec.lanes import LANE_BITS, overhead_bits_per_token
 from dynamo_kvtc.ops.project import BASIS_BITS, INPUT_MAX, quantise_basis
 from dynamo_kvtc.ops.quantize import ENERGY_MAX, INPUT_BITS, SYMBOL_MAX
 from dynamo_kvtc.types import RopeSpec
@@ -32,15 +33,16 @@ _SOLVE_TOKENS = 1024
 """Tokens on which the step is searched; the tables at the step found use all of the sample."""
 
 
-_COMPONENTS_PER_LANE = 4096
-"""A lane of more components is split: a GPU decodes lanes side by side, but each costs 4 bytes."""
+_LANE_SHARE = 0.02
+"""Of a token's bits in a layer group that its lanes may cost: a GPU decodes lanes side by side."""
 
 
 @dataclass
 class KvtcTransform:
     """One part's transform: x -> ((x - mean) * weight) @ basis.
 
-    wide: int16 [P, R], the basis in 16 bits; narrow: int8 [P, R], scale: uint8 [R], exponent: the same in 8 bits.
+    wide: int16 [P, R], the basis in 16 bits; narrow: int8 [P, R], scale: uint8 [R], exponent: the same in 8 bits;
+    probes: components behind the leading ones (``importance``).
     """
 
     part: Part
@@ -50,13 +52,17 @@ class KvtcTransform:
     narrow: Tensor
     scale: Tensor
     exponent: int
+    probes: int = 0
 
     @classmethod
     def fit(cls, part: Part, mean: Tensor, covariance: Tensor, weight: Tensor, rank: int) -> KvtcTransform:
         """PCA of the weighted channels. covariance float32 [P, P] is overwritten."""
         covariance.mul_(weight[:, None]).mul_(weight)
         basis, variance = eigenbasis(covariance, min(rank, len(mean)))
-        return cls(part, mean, weight, quantise_basis(basis), *quantise_narrow(basis, variance.sqrt()))
+        order, probes = component_order(basis.shape[1])
+        basis = basis[:, order.to(basis.device)].contiguous()
+        variance[: len(order)] = variance[order.to(variance.device)]
+        return cls(part, mean, weight, quantise_basis(basis), *quantise_narrow(basis, variance.sqrt()), probes)
 
     def coefficients(self, rows: Tensor, rank: int | None = None) -> Tensor:
         """float32 [n, R], or the first ``rank`` of them, of rows float32 [n, P]."""
@@ -197,9 +203,10 @@ def _quantile(x: Tensor, share: float) -> Tensor:
 
 
 def lanes_of(tables: list[PointTables]) -> int:
-    """rANS lanes a token, from the most components of any rank's layer group."""
-    most = max(len(group.classes) for table in tables for group in table.groups)
-    return min(8, 2 ** max(0, math.ceil(math.log2(max(most, 1) / _COMPONENTS_PER_LANE))))
+    """rANS lanes a token: as many as a mean layer group's bits allow."""
+    groups = sum(len(table.groups) for table in tables)
+    allowed = _LANE_SHARE * sum(table.bits for table in tables) / groups / LANE_BITS
+    return max(lanes for lanes in LANES if lanes <= max(allowed, 1))
 
 
 def token_importance(
@@ -220,7 +227,7 @@ def token_importance(
         return [ImportanceModel.none() for _ in transforms]
     values = torch.cat([judged.values for judged in fisher.tokens], dim=1)
     age = torch.cat(ages)
-    return [fit_importance(torch.cat(f), values[i], age) for i, f in enumerate(features)]
+    return [fit_importance(torch.cat(f), values[i], age, transforms[i].probes) for i, f in enumerate(features)]
 
 
 def fit_paper(

@@ -182,7 +182,7 @@ class _Lanes:
     @classmethod
     def of(cls, coefficients: Tensor, model: ImportanceModel, outside: Tensor, step: float) -> _Lanes:
         y = coefficients / step
-        weights, bias = model.at_step(step)
+        weights, bias = model.at_step(step, coefficients, outside)
         weights = weights.to(y.device)
         n = weights.shape[1]
         leading = torch.sign(y[:, :n]) * (y[:, :n].abs() + 0.45).floor().clamp(max=SYMBOL_MAX)
@@ -280,7 +280,8 @@ class _Lanes:
         # Cost with the first r components live, r = 0..R. Components that earn almost nothing here are kept: text off
         # the calibration's domain lives in them, and without them it would lose quality instead of costing bits.
         cost = torch.cumsum(torch.cat([energy.sum().reshape(1), error + slope * bits - energy]), dim=0) + dropped
-        live = max(int(cost.argmin()), self.leading)
+        # A multiple of 16, if there are so many: a GPU then moves 16 bytes at a time.
+        live = min(len(energy), -(-max(int(cost.argmin()), self.leading) // WIDE_STEP) * WIDE_STEP)
         limit = torch.div(quantize.LEVEL_MAX, scale[:live].to(self.magnitude), rounding_mode="floor")
         clipped = (self.magnitude[:, :live] - (limit + 0.5)).clamp(min=0).square().mean(dim=0)
         too_large = torch.nonzero(clipped > _CLIPPED)[:, 0]

@@ -6,8 +6,10 @@ Same bytes and same checks as ``codec.record``; a record that fails one gets a s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from dynamo_kvtc.codec.profile import PROFILE_NAMES
@@ -117,22 +119,42 @@ def write_headers(
     short = header == least
     # Nearly all records: no exact tokens, no gaps.
     raw[short, CRC_OFFSET:FIXED_BYTES] = _checksums(raw[short])
-    arena[offsets[short, None] + np.arange(least)] = raw[short]
+    _windows(arena, least)[offsets[short]] = raw[short]
     for b in np.flatnonzero(~short):
         own = slice(first[b], first[b] + counts[b])
         tail = np.packbits(exact[own], bitorder="little").tobytes() if exact_counts[b] else b""
         if gaps[b]:
             tail += positions[own].astype("<u4").tobytes()
         whole = np.frombuffer(raw[b].tobytes() + tail + b"\0" * (len(tail) % 2), np.uint8).copy()
-        whole[CRC_OFFSET:FIXED_BYTES] = _checksums(whole[None])[0]
+        whole[CRC_OFFSET:FIXED_BYTES] = np.array([crc32(whole.tobytes())], dtype="<u4").view(np.uint8)
         arena[offsets[b] : offsets[b] + len(whole)] = whole
+
+
+def _windows(arena: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """View [n, size] of the ``size`` bytes from each byte of the arena on."""
+    return as_strided(arena, (max(len(arena) - size + 1, 0), size), (1, 1))
 
 
 def _checksums(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """uint8 [n, 4] of rows uint8 [n, bytes], whose checksum's place holds zeros."""
-    data, size = rows.tobytes(), rows.shape[1]
-    found = [crc32(data[i : i + size]) for i in range(0, len(data), size)]
-    return np.array(found, dtype="<u4").view(np.uint8).reshape(-1, 4)
+    zeros, tables = _crc_tables(rows.shape[1])
+    places = np.arange(rows.shape[1], dtype=np.int32) * 256
+    found = np.bitwise_xor.reduce(tables.take(rows + places), axis=1) ^ zeros
+    return found.astype("<u4").view(np.uint8).reshape(-1, 4)
+
+
+@lru_cache(maxsize=8)
+def _crc_tables(size: int) -> tuple[np.uint32, NDArray[np.uint32]]:
+    """CRC-32 of ``size`` zeros, and uint32 [size * 256]: what each byte at each place changes in it, by xor."""
+    zeros = crc32(bytes(size))
+    tables = np.zeros((size, 256), dtype=np.uint32)
+    row = bytearray(size)
+    for place in range(size):
+        for value in range(1, 256):
+            row[place] = value
+            tables[place, value] = crc32(row) ^ zeros
+        row[place] = 0
+    return np.uint32(zeros), tables.reshape(-1)
 
 
 def read_headers(
@@ -181,7 +203,7 @@ def _read_usual(
     groups = identity.groups
     least = header_bytes(groups)
     at = there[sizes[there] >= least]
-    raw = arena[offsets[at, None] + np.arange(least)]
+    raw = _windows(arena, least)[offsets[at]]
     h = np.ascontiguousarray(raw[:, :FIXED_BYTES]).view(_HEADER)[:, 0]
     table = np.ascontiguousarray(raw[:, FIXED_BYTES:]).view("<u4").reshape(len(at), groups, 2).astype(np.int64)
     wanted = {

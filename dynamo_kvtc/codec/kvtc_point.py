@@ -17,6 +17,8 @@ from dynamo_kvtc.ops import project, quantize, rans
 LANES = (1, 2, 4, 8)
 WIDE_STEP = 16
 """Wide components come in multiples of this, or all components are wide."""
+MAX_LEADING = 256
+"""Components whose symbols decide a token's fineness."""
 _GAIN_MAX = 1e24
 _UNIT_MAX = 2**21
 _WIDE_INPUT = project.NARROW_INPUT_MAX
@@ -129,6 +131,8 @@ def _load_group(
         raise ArtifactFormatError(
             f"{where}: {importance.shape[1]} leading and {width} wide components of {rank}, {wide.shape[1]} stored wide"
         )
+    if importance.shape[1] > MAX_LEADING:
+        raise ArtifactFormatError(f"{where}: {importance.shape[1]} leading components; at most {MAX_LEADING}")
     if width % WIDE_STEP and width != rank:
         raise ArtifactFormatError(f"{where}: {width} wide components of {rank}; allowed are multiples of {WIDE_STEP}")
     if not bool((thresholds[1:] >= thresholds[:-1]).all()):

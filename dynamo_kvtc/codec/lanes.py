@@ -27,13 +27,17 @@ def class_offsets(parameters: NDArray[np.uint8]) -> NDArray[np.int8]:
     return ((parameters // FINENESS_STRIDE).astype(np.int8) - OFFSET_NEUTRAL) * np.int8(OFFSET_CLASSES)
 
 
+LANE_BITS = 8 + 16 + 8
+"""What a lane costs: its length, and a state that starts with 16 useless bits and ends 8 bits short of its word on
+average."""
+
+
 def overhead_bits_per_token(groups: int, block_tokens: int, lanes: int) -> float:
     """What a record costs beside the symbols' cross-entropy, in bits per coded token.
 
-    Per lane: its length (8) and a state that starts with 16 useless bits and ends 8 bits short of its word on average;
-    per token and layer group: its parameters (8).
+    Per lane LANE_BITS; per token and layer group: its parameters (8).
     """
-    return groups * (lanes * (8 + 16 + 8) + 8) + 8 * (header_bytes(groups) + groups * HEAD.size) / block_tokens
+    return groups * (lanes * LANE_BITS + 8) + 8 * (header_bytes(groups) + groups * HEAD.size) / block_tokens
 
 
 def pack_lanes(lengths: NDArray[np.int64], parameters: NDArray[np.uint8], words: NDArray[np.uint16]) -> bytes:

@@ -97,15 +97,23 @@ class _Chunk:
 
 
 @dataclass(frozen=True)
-class _Sent:
-    """A chunk on the GPU but for its records. arrays: those of all layer groups; by_group: [G, ...], a row each;
-    most: int64 [G], bytes of the largest section; angles: cos and sin, float32 [n, pairs], of n coded tokens."""
+class Sent:
+    """What the GPU has of a chunk, but for its records.
 
-    plan: _Plan
+    arrays: those of all layer groups; by_group: [G, ...], a row each; most: int64 [G], bytes of the largest section;
+    coded, exact: tokens; longest: most coded tokens of a block, at least 1; angles: cos and sin of coded tokens.
+    """
+
     arrays: dict[str, Tensor]
     by_group: dict[str, Tensor]
     most: NDArray[np.int64]
+    coded: int
+    exact: int
+    longest: int
     angles: tuple[Tensor, Tensor]
+
+    def of(self, g: int) -> dict[str, Tensor]:
+        return self.arrays | {name: x[g] for name, x in self.by_group.items()}
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,6 @@ class Decoder(ABC):
         self._free = [torch.cuda.Event() for _ in range(_RING)] if self._cuda else []
         self._chosen = torch.empty(t, dtype=torch.int64, device=device)
         self._exact_slots = torch.empty(t, dtype=torch.int64, device=device)
-        self._crc = torch.empty(t, dtype=torch.int32, device=device)
         self._mailbox = Mailbox(device, 4096 + t * (112 + 64 * len(codec.artifact.manifest.groups)))
 
     @property
@@ -155,16 +162,16 @@ class Decoder(ABC):
         in what ``_receive`` returns, even numbers."""
 
     @abstractmethod
-    def _receive(self, ring: Tensor, sent: dict[str, Tensor], crc: Tensor, most: int) -> Tensor:
-        """Checksums of sections, of up to ``most`` bytes, into crc int32 [B]; returns the memory to read them from."""
+    def _receive(self, g: int, ring: Tensor, sent: Sent, status: Tensor, together: bool) -> Tensor:
+        """Blocks whose section is not what its checksum says get a status; returns the memory to read sections from.
+
+        together: the records stay in the ring until all layer groups are done, so those after g may be seen to, too.
+        """
 
     @abstractmethod
-    def _coded(
-        self, g: int, ring: Tensor, sent: dict[str, Tensor], status: Tensor, n: int, most: int,
-        angles: tuple[Tensor, Tensor],
-    ) -> None:  # fmt: skip
-        """Coded tokens of a chunk into the pages: n of them, at most ``most`` of a block, cos and sin as ``angles``.
-        Blocks found bad, by ``self._crc`` first, get a status, and those that have one write nothing."""
+    def _coded(self, g: int, ring: Tensor, sent: Sent, status: Tensor) -> None:
+        """Coded tokens of a chunk into the pages. Blocks found bad get a status, and those that have one write
+        nothing."""
 
     def decode(
         self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks
@@ -187,14 +194,14 @@ class Decoder(ABC):
             # Taken on the stream that works with it: given back before the GPU is done, it must not go elsewhere.
             status = torch.empty(len(blocks.counts), dtype=torch.int32, device=self._device)
             status.copy_(host, non_blocking=True)
-            kept: dict[int, _Sent] = {}
+            kept: dict[int, Sent] = {}
             for g, i, turn in items:
                 sent = kept.get(i) or self._send(chunks[i], blocks, batch)
                 if once:
                     kept[i] = sent
                 if g == 0 or not once:
                     self._wait(arrived.popleft())
-                self._group(g, chunks[i], sent, status, turn)
+                self._group(g, sent, status[chunks[i].blocks], turn, once)
                 arrived.extend(itertools.islice(loads, 1))
                 if i == len(chunks) - 1:
                     events.append(self._event())
@@ -263,7 +270,7 @@ class Decoder(ABC):
             self._stream.wait_event(arrived)
             self._codec.mark("wait for copy")
 
-    def _send(self, chunk: _Chunk, blocks: Blocks, batch: HeaderBatch) -> _Sent:
+    def _send(self, chunk: _Chunk, blocks: Blocks, batch: HeaderBatch) -> Sent:
         """What the kernels need to know of a chunk, for all layer groups at once."""
         codec, own = self._codec, chunk.blocks
         plan = _Plan.of(blocks.counts[own], blocks.slots.numpy()[chunk.tokens], batch, own, chunk.tokens)
@@ -285,22 +292,25 @@ class Decoder(ABC):
         by_group = {name: sent.pop(name) for name in stacked}
         angles = codec.rotations.at(sent["positions"])
         codec.mark("rotations")
-        return _Sent(plan, sent, by_group, stacked["section"].max(axis=1, initial=0), angles)
+        counts = plan.arrays["counts"]
+        return Sent(
+            sent, by_group, stacked["section"].max(axis=1, initial=0), len(plan.arrays["slots"]),
+            len(plan.arrays["exact_slots"]), max(1, int(counts.max())), angles,
+        )  # fmt: skip
 
-    def _group(self, g: int, chunk: _Chunk, sent: _Sent, status: Tensor, turn: int) -> None:
+    def _group(self, g: int, sent: Sent, status: Tensor, turn: int, together: bool) -> None:
         """One layer group of one chunk, whose records are in the ring."""
-        codec, own, plan, ring = self._codec, chunk.blocks, sent.plan.arrays, self._ring[turn]
-        layers = codec.artifact.manifest.groups[g]
-        arrays = sent.arrays | {name: x[g] for name, x in sent.by_group.items()}
-        own_status, crc = status[own], self._crc[: own.stop - own.start]
-        source = self._receive(ring, arrays, crc, int(sent.most[g]))
+        codec, ring = self._codec, self._ring[turn]
+        source = self._receive(g, ring, sent, status, together)
         codec.mark("checksum")
-        self._coded(g, ring, arrays, own_status, len(plan["slots"]), max(1, int(plan["counts"].max())), sent.angles)
-        if len(plan["exact_slots"]):
-            chosen = self._exact_slots[: len(plan["exact_slots"])]
-            lanes.select(own_status, arrays["exact_block"], arrays["exact_slots"], chosen)
+        if sent.coded:
+            self._coded(g, ring, sent, status)
+        if sent.exact:
+            arrays, chosen = sent.of(g), self._exact_slots[: sent.exact]
+            lanes.select(status, arrays["exact_block"], arrays["exact_slots"], chosen)
             scatter_exact(
-                codec.cache, layers, chosen, arrays["exact_base"], arrays["index"], arrays["count"], source
+                codec.cache, codec.artifact.manifest.groups[g], chosen, arrays["exact_base"], arrays["index"],
+                arrays["count"], source,
             )  # fmt: skip
             codec.mark("exact")
         if self._cuda:

@@ -103,8 +103,8 @@ class Encoder(ABC):
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._error = torch.empty(len(groups), t, dtype=torch.float64, device=device)
         self._skip = torch.empty(2, t, dtype=torch.uint8, device=device)
-        self._measured = torch.empty(2, len(groups), t, 4, dtype=torch.int32, device=device)
-        self._measured_host = torch.empty(2, len(groups), t, 4, dtype=torch.int32, pin_memory=self._cuda)
+        self._measured = torch.empty(2, len(groups) * t * 4, dtype=torch.int32, device=device)
+        self._measured_host = torch.empty(2, len(groups) * t * 4, dtype=torch.int32, pin_memory=self._cuda)
         self._skip_host = torch.empty(2, t, dtype=torch.uint8, pin_memory=self._cuda)
         self._copies = torch.cuda.Stream(device) if self._cuda else None
         self._staging = torch.empty(codec.limits.record_bytes + ALIGNMENT, dtype=torch.uint8, device=device)
@@ -119,15 +119,21 @@ class Encoder(ABC):
         """Bytes of workspace on the device."""
         return workspace_bytes(self, self._device) + self._mailbox.nbytes
 
+    def _sizes(self, of: Tensor, turn: int, blocks: int) -> Tensor:
+        """int32 [G, B, 4] in one piece, so that a copy of it does not wait: ``self._measured`` or the host's."""
+        return of[turn, : len(self._groups) * blocks * 4].view(len(self._groups), blocks, 4)
+
     @abstractmethod
     def _quantise(self, g: int, n: int, turn: int, sent: dict[str, Tensor], cos: Tensor, sin: Tensor) -> None:
         """Layer group g of a chunk of n tokens, quantised; self._error[g, :n] is each token's error as a multiple of
         the calibrated mean, infinite if it cannot be coded."""
 
     @abstractmethod
-    def _code(self, g: int, n: int, turn: int, sent: dict[str, Tensor], counts: NDArray[np.int32]) -> None:
-        """Entropy codes tokens that self._skip[turn] does not name; self._measured[turn, g, b] is what
-        ``_payload_bytes`` needs of block b."""
+    def _code(
+        self, g: int, n: int, turn: int, sent: dict[str, Tensor], counts: NDArray[np.int32], measured: Tensor
+    ) -> None:
+        """Entropy codes tokens that self._skip[turn] does not name; measured: int32 [B, 4] (out), what
+        ``_payload_bytes`` needs of each block."""
 
     @abstractmethod
     def _payload_bytes(self, measured: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -196,9 +202,10 @@ class Encoder(ABC):
         unfit = ~((worst <= codec.policy.max_error) & worst.isfinite())
         skip = self._skip[turn, :n]
         skip.copy_(unfit.logical_or(sent["asked"] != 0))
+        measured = self._sizes(self._measured, turn, len(counts))
         for g in range(len(self._groups)):
-            self._code(g, n, turn, sent, counts)
-        self._measured_host[turn, :, : len(counts)].copy_(self._measured[turn, :, : len(counts)], non_blocking=True)
+            self._code(g, n, turn, sent, counts, measured[g])
+        self._sizes(self._measured_host, turn, len(counts)).copy_(measured, non_blocking=True)
         self._skip_host[turn, :n].copy_(skip, non_blocking=True)
         done = None
         if self._cuda:
@@ -216,7 +223,7 @@ class Encoder(ABC):
         out.exact[chunk.tokens] = exact
         first = np.cumsum(counts).astype(np.int64) - counts
         exact_of = np.add.reduceat(exact.astype(np.int64), first)
-        measured = self._measured_host[chunk.turn, :, : len(counts)].numpy().astype(np.int64)
+        measured = self._sizes(self._measured_host, chunk.turn, len(counts)).numpy().astype(np.int64)
         layer_bytes = codec.artifact.shape.bytes_per_layer_token
         exact_bytes = np.stack([exact_of * (end - start) * layer_bytes for start, end in self._groups], axis=1)
         sizes = exact_bytes + np.stack([self._payload_bytes(m) for m in measured], axis=1)

@@ -113,7 +113,7 @@ def _group(artifact: Artifact, g: KvtcGroup, bounds: tuple[int, int], device: to
         scale=(torch.cat([pad, g.scale]) << _LEVEL_BITS).to(device),
         level_bias=(torch.cat([pad, g.level_bias]) << _LEVEL_BITS).to(device),
         synthesis=synthesis_operands(
-            wide, narrow, g.leading, g.exponent, synthesis_gain, mean, bounds, shape.kv_heads, shape.head_dim,
+            wide, narrow, g.exponent, synthesis_gain, mean, bounds, shape.kv_heads, shape.head_dim,
             len(rope.inv_freq), rope.style == "interleaved", rope.attention_scaling,
         ),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynamo_kvtc.codec.kvtc_point import WIDE_STEP
 from dynamo_kvtc.codec.lanes import FINENESS_STRIDE, HEAD, OFFSET_CLASSES, OFFSET_NEUTRAL
-from dynamo_kvtc.codec.paged_decode import Coded, Decoder
+from dynamo_kvtc.codec.paged_decode import Coded, Decoder, Sent
 from dynamo_kvtc.codec.paged_encode import EncodeChunk, Encoder
 from dynamo_kvtc.codec.paged_groups import PagedPoint, operand
 from dynamo_kvtc.errors import ConfigError
@@ -36,8 +36,8 @@ class KvtcEncoder(Encoder):
         self._no_high = operand(t, 0, torch.int8, device)
         self._energy = torch.empty(t, dtype=torch.int64, device=device)
         self._saturated = torch.empty(t, dtype=torch.uint8, device=device)
-        rank = max(g.rank for g in groups)
-        self._coefficients = torch.empty(t, max(rank, 1), dtype=torch.int32, device=device)
+        products = max(g.analysis.products for g in groups)
+        self._products = torch.empty(t, max(products, 1), dtype=torch.int32, device=device)
         self._symbols = [torch.empty(t, max(g.rank, 1), dtype=torch.int16, device=device) for g in groups]
         self._parameters = torch.empty(2, len(groups), t, dtype=torch.uint8, device=device)
         self._words = [
@@ -59,17 +59,19 @@ class KvtcEncoder(Encoder):
         rope = codec.artifact.manifest.rope
         gather_fixed(codec.cache, group.layers, sent["slots"], cos, sin, rope, group.inputs, rows)
         codec.mark("gather")
-        coefficients = self._coefficients[:n, : group.rank]
+        products = self._products[:n, : group.analysis.products]
         high = rows.high if group.wide_inputs else self._no_high[:n]
-        analyse_device(rows.low, high, group.analysis, coefficients)
+        analyse_device(rows.low, high, group.analysis, products)
         codec.mark("project")
         quantise_device(
-            coefficients, rows.energy, rows.saturated, group.quantiser, self._symbols[g][:n, : group.rank],
+            products, rows.energy, rows.saturated, group.quantiser, self._symbols[g][:n, : group.rank],
             self._parameters[turn, g, :n], self._error[g, :n],
         )  # fmt: skip
         codec.mark("quantise")
 
-    def _code(self, g: int, n: int, turn: int, sent: dict[str, Tensor], counts: NDArray[np.int32]) -> None:
+    def _code(
+        self, g: int, n: int, turn: int, sent: dict[str, Tensor], counts: NDArray[np.int32], measured: Tensor
+    ) -> None:
         group, skip = self._point.groups[g], self._skip[turn, :n]
         parameters = self._parameters[turn, g, :n]
         offsets = ((parameters // FINENESS_STRIDE).to(torch.int8) - OFFSET_NEUTRAL) * OFFSET_CLASSES
@@ -78,10 +80,7 @@ class KvtcEncoder(Encoder):
             self._symbols[g][:n, : group.rank], group.classes, self._point.tables, self._words[turn][g][: len(lengths)],
             lengths, offsets=offsets, skip=skip, first=group.leading, lanes_per_token=self._lanes,
         )  # fmt: skip
-        lanes.measure(
-            lengths, skip, sent["first"], sent["counts"], self._measured[turn, g, : len(counts)], self._lanes,
-            int(counts.max()),
-        )  # fmt: skip
+        lanes.measure(lengths, skip, sent["first"], sent["counts"], measured, self._lanes, int(counts.max()))
         self._codec.mark("rANS")
 
     def _payload_bytes(self, measured: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -114,42 +113,50 @@ class KvtcDecoder(Decoder):
         # Where a layer group has no component of a kind, its product reads columns of zeros that are never written.
         self._narrow = [operand(t, g.narrow, torch.int8, device) for g in point.groups]
         self._wide = [operand(t, g.wide, torch.float16, device) for g in point.groups]
-        self._starts = torch.empty(t * self._lanes, dtype=torch.int64, device=device)
-        self._lengths = torch.empty(t * self._lanes, dtype=torch.int32, device=device)
+        groups = len(point.groups)
+        self._sums = torch.empty(groups * t, dtype=torch.int32, device=device)
+        self._starts = torch.empty(groups, t * self._lanes, dtype=torch.int64, device=device)
+        self._lengths = torch.empty(groups, t * self._lanes, dtype=torch.int32, device=device)
         self._bad = torch.empty(t * self._lanes, dtype=torch.int32, device=device)
-        self._parameters = torch.empty(t, dtype=torch.uint8, device=device)
-        self._offsets = torch.empty(t, dtype=torch.int8, device=device)
+        self._factors = torch.empty(groups, t, dtype=torch.float32, device=device)
+        self._offsets = torch.empty(groups, t, dtype=torch.int8, device=device)
 
     def _arrays(self, g: int, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
         room = np.where(coded.short, 1, coded.section - coded.exact)
         return {"payload": coded.where + coded.exact, "room": room}, coded.where
 
-    def _receive(self, ring: Tensor, sent: dict[str, Tensor], crc: Tensor, most: int) -> Tensor:
-        copy_ranges_device(ring, sent["where"], sent["section"], None, None, crc, most)
+    def _receive(self, g: int, ring: Tensor, sent: Sent, status: Tensor, together: bool) -> Tensor:
+        # All layer groups at once, if they are there: a small call is made of launches.
+        if together and g:
+            return ring
+        own = slice(0, len(self._point.groups)) if together else slice(g, g + 1)
+        arrays = {name: x[own] for name, x in sent.by_group.items()}
+        sums = self._sums[: arrays["section"].numel()]
+        copy_ranges_device(
+            ring, arrays["where"].view(-1), arrays["section"].view(-1), None, None, sums, int(sent.most[own].max())
+        )
+        lanes.read(
+            ring, arrays["payload"], arrays["room"], sums, arrays["crc"], sent.arrays["first"], sent.arrays["counts"],
+            status, self._point.shrink, self._starts[own], self._lengths[own], self._factors[own], self._offsets[own],
+            self._lanes, sent.longest, OFFSET_NEUTRAL, OFFSET_CLASSES, quantize.FINENESS_LEVELS - 1,
+        )  # fmt: skip
         return ring
 
-    def _coded(
-        self, g: int, ring: Tensor, sent: dict[str, Tensor], status: Tensor, n: int, most: int,
-        angles: tuple[Tensor, Tensor],
-    ) -> None:  # fmt: skip
-        codec, point, split, group = self._codec, self._point, self._lanes, self._point.groups[g]
-        starts, lengths, bad = (x[: n * split] for x in (self._starts, self._lengths, self._bad))
-        parameters, offsets = self._parameters[:n], self._offsets[:n]
-        lanes.read(
-            ring, sent["payload"], sent["room"], self._crc, sent["crc"], sent["first"], sent["counts"], status, starts,
-            lengths, parameters, offsets, split, most, OFFSET_NEUTRAL, OFFSET_CLASSES, quantize.FINENESS_LEVELS - 1,
-        )  # fmt: skip
-        if not n:
-            return
+    def _coded(self, g: int, ring: Tensor, sent: Sent, status: Tensor) -> None:
+        codec, point, split, group, n = self._codec, self._point, self._lanes, self._point.groups[g], sent.coded
+        starts, lengths, bad = (x[: n * split] for x in (self._starts[g], self._lengths[g], self._bad))
+        factors, offsets = self._factors[g, :n], self._offsets[g, :n]
         narrow, wide = self._narrow[g][:n], self._wide[g][:n]
         words = ring[: len(ring) // 2 * 2].view(torch.int16)
         rans.decode_levels_device(
             words, starts, lengths, group.classes, point.tables, wide, narrow, bad, centroid=group.centroid,
-            scale=group.scale, bias=group.level_bias, wide_components=-(-group.wide // WIDE_STEP) * WIDE_STEP,
-            offsets=offsets, first=group.leading, lanes_per_token=split,
+            scale=group.scale, bias=group.level_bias, factor=factors,
+            wide_components=-(-group.wide // WIDE_STEP) * WIDE_STEP, offsets=offsets, first=group.leading,
+            lanes_per_token=split,
         )  # fmt: skip
         codec.mark("rANS")
         chosen = self._chosen[:n]
-        lanes.judge(bad, sent["first"], sent["counts"], status, sent["slots"], chosen, split, most)
-        synthesise_into_pages(narrow, wide, group.synthesis, parameters, point.shrink, *angles, codec.pages, chosen)
+        blocks = sent.arrays
+        lanes.judge(bad, blocks["first"], blocks["counts"], status, blocks["slots"], chosen, split, sent.longest)
+        synthesise_into_pages(narrow, wide, group.synthesis, factors, *sent.angles, codec.pages, chosen)
         codec.mark("project")

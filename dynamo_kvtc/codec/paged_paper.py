@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dynamo_kvtc.codec.paged_decode import Coded, Decoder
+from dynamo_kvtc.codec.paged_decode import Coded, Decoder, Sent
 from dynamo_kvtc.codec.paged_encode import ALIGNMENT, EncodeChunk, Encoder
 from dynamo_kvtc.codec.paged_groups import operand
 from dynamo_kvtc.codec.paged_paper_point import PaperPart, PaperPoint
@@ -122,7 +122,9 @@ class PaperEncoder(Encoder):
         affine.squared_errors_device(coefficients, levels, part.plan, kept, lost)
         return (energy - kept).clamp_(min=0).add_(lost).mul_(part.unit**2)
 
-    def _code(self, g: int, n: int, turn: int, sent: dict[str, Tensor], counts: NDArray[np.int32]) -> None:
+    def _code(
+        self, g: int, n: int, turn: int, sent: dict[str, Tensor], counts: NDArray[np.int32], measured: Tensor
+    ) -> None:
         blocks, width, skip = len(counts), self._point.groups[g].width, self._skip[turn, :n]
         order, starts = self._order[: n + 1], self._starts[: blocks + 1]
         if g == 0:
@@ -140,7 +142,6 @@ class PaperEncoder(Encoder):
             self._planes, starts[:-1] * width, sizes.clamp(min=1), self._packed[turn][g], self._rooms[:blocks], found,
             status,
         )  # fmt: skip
-        measured = self._measured[turn, g, :blocks]
         measured[:, 0] = torch.where(sizes > 0, found, 0)
         measured[:, 1] = torch.where(sizes > 0, status, 0)
 
@@ -178,17 +179,17 @@ class PaperDecoder(Decoder):
         self._aligned = torch.zeros(room, dtype=torch.uint8, device=device)
         self._aligned[: len(_EMPTY_STREAM)] = torch.tensor(_EMPTY_STREAM, dtype=torch.uint8)
         self._planes = torch.empty(t * width + ALIGNMENT, dtype=torch.uint8, device=device)
+        self._sums = torch.empty(t, dtype=torch.int32, device=device)
         self._data = torch.empty(t * width, dtype=torch.uint8, device=device)
         self._found = torch.empty(t, dtype=torch.int64, device=device)
         self._status = torch.empty(t, dtype=torch.int32, device=device)
         self._good = torch.empty(2, t, dtype=torch.bool, device=device)
         rank = max(part.rank for g in point.groups for part in (g.k, g.v))
         self._levels = operand(t, rank, torch.float16, device)
-        # Profile kvtc's narrow components, fineness and its gain: none, and ones.
+        # Profile kvtc's narrow components and their factors: none, and ones.
         self._none = operand(t, 0, torch.int8, device)
         self._no_levels = operand(t, 0, torch.float16, device)
-        self._parameters = torch.zeros(t, dtype=torch.uint8, device=device)
-        self._ones = torch.ones(16, device=device)
+        self._ones = torch.ones(t, device=device)
 
     def _arrays(self, g: int, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
         # In a record a section may start at any byte; here, where its payload, behind the exact tokens, is aligned.
@@ -205,27 +206,26 @@ class PaperDecoder(Decoder):
         }  # fmt: skip
         return arrays, start
 
-    def _receive(self, ring: Tensor, sent: dict[str, Tensor], crc: Tensor, most: int) -> Tensor:
-        copy_ranges_device(ring, sent["where"], sent["section"], self._aligned, sent["start"], crc, most)
+    def _receive(self, g: int, ring: Tensor, sent: Sent, status: Tensor, together: bool) -> Tensor:
+        arrays = sent.of(g)
+        sums = self._sums[: len(status)]
+        copy_ranges_device(
+            ring, arrays["where"], arrays["section"], self._aligned, arrays["start"], sums, int(sent.most[g])
+        )
+        lanes.verify(sums, arrays["crc"], status)
+        status.copy_(torch.where(status == 0, arrays["wrong"], status))
         return self._aligned
 
-    def _coded(
-        self, g: int, ring: Tensor, sent: dict[str, Tensor], status: Tensor, n: int, most: int,
-        angles: tuple[Tensor, Tensor],
-    ) -> None:  # fmt: skip
-        codec, group = self._codec, self._point.groups[g]
-        lanes.verify(self._crc[: len(status)], sent["crc"], status)
-        status.copy_(torch.where(status == 0, sent["wrong"], status))
-        if not n:
-            return
-        blocks, width, starts = len(status), group.width, sent["tokens"]
+    def _coded(self, g: int, ring: Tensor, sent: Sent, status: Tensor) -> None:
+        codec, group, n, most, arrays = self._codec, self._point.groups[g], sent.coded, sent.longest, sent.of(g)
+        blocks, width, starts = len(status), group.width, arrays["tokens"]
         # What its checksum or its size gives away is never shown to nvCOMP, which promises nothing about such bytes.
-        wanted = (sent["counts"] > 0) & (status == 0)
+        wanted = (arrays["counts"] > 0) & (status == 0)
         room = ((starts[1:] - starts[:-1]) * width).clamp(min=1)
         found, inflated = self._found[:blocks], self._status[:blocks]
         self._inflate.decode(
-            self._aligned, torch.where(wanted, sent["payload"], 0),
-            torch.where(wanted, sent["payload_bytes"], len(_EMPTY_STREAM)), self._planes, starts[:-1] * width, room,
+            self._aligned, torch.where(wanted, arrays["payload"], 0),
+            torch.where(wanted, arrays["payload_bytes"], len(_EMPTY_STREAM)), self._planes, starts[:-1] * width, room,
             found, inflated,
         )  # fmt: skip
         damaged = wanted & ((inflated != 0) | (found != room))
@@ -239,11 +239,11 @@ class PaperDecoder(Decoder):
         # Tokens of blocks that were found bad before are whatever was there, and their status stays.
         bad = (~good.all(dim=0)).to(torch.int32)
         chosen = self._chosen[:n]
-        lanes.judge(bad, sent["first"], sent["counts"], status, sent["slots"], chosen, 1, most)
+        lanes.judge(bad, arrays["first"], arrays["counts"], status, arrays["slots"], chosen, 1, most)
         for part, own in parts:
             levels = self._levels[:n, : part.rank] if part.rank else self._no_levels[:n]
             if part.rank:
                 affine.decode_device(own, part.plan, levels)
             synthesise_into_pages(
-                self._none[:n], levels, part.synthesis, self._parameters[:n], self._ones, *angles, codec.pages, chosen,
+                self._none[:n], levels, part.synthesis, self._ones[:n], *sent.angles, codec.pages, chosen
             )  # fmt: skip

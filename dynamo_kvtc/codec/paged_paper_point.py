@@ -114,7 +114,7 @@ def _part(
         plan=affine.device_plan(part.runs, device),
         analysis=WideAnalysis.of(basis, offset),
         synthesis=synthesis_operands(
-            basis, none, 0, 0, part.synthesis_gain.to(device), part.mean.to(device), bounds, artifact.shape.kv_heads,
+            basis, none, 0, part.synthesis_gain.to(device), part.mean.to(device), bounds, artifact.shape.kv_heads,
             artifact.shape.head_dim, len(rope.inv_freq), rope.style == "interleaved", rope.attention_scaling,
             first_head,
         ),

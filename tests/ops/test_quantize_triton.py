@@ -67,7 +67,11 @@ def test_same_bits_as_the_reference(kernel_device, tokens, leading, width, rank)
     found = torch.full((tokens, rank + 3), 77, dtype=torch.int16, device=kernel_device)
     found_parameters = torch.full((tokens,), 99, dtype=torch.uint8, device=kernel_device)
     found_error = torch.full((tokens,), float("nan"), dtype=torch.float64, device=kernel_device)
-    on = [x.to(kernel_device) for x in (c.to(torch.int32), energy, saturated)]
+    # A wide coefficient comes as any two numbers whose sum, one of them times 256, it is.
+    high = torch.from_numpy(generator.integers(-(2**31), 2**31, (tokens, width))).to(torch.int32)
+    low = c[:, :width].to(torch.int32) - high * 256
+    products = torch.cat([high, low, c[:, width:].to(torch.int32)], dim=1)
+    on = [x.to(kernel_device) for x in (products, energy, saturated)]
     quantise_device(*on, quantiser, found[:, :rank], found_parameters, found_error)
     assert torch.equal(found_parameters.cpu(), parameters)
     usable = error.isfinite()
@@ -85,5 +89,5 @@ def test_refuses_another_dtype(kernel_device):
     c = torch.zeros(2, 4, dtype=torch.int64, device=kernel_device)
     ones = [torch.zeros(2, dtype=d, device=kernel_device) for d in (torch.int64, torch.uint8, torch.float64)]
     symbols = torch.zeros(2, 4, dtype=torch.int16, device=kernel_device)
-    with pytest.raises(ConfigError, match=r"coefficients must be torch\.int32"):
+    with pytest.raises(ConfigError, match=r"products must be torch\.int32"):
         quantise_device(c, ones[0], ones[1], quantiser, symbols, ones[1], ones[2])

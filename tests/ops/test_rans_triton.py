@@ -170,6 +170,7 @@ def test_levels_are_the_reference_levels(kernel_device, tokens, rank, split, wid
     centroid = g.uniform(-1, 1, rank).astype(np.float32)
     scale = np.where(g.random(rank) < 0.2, g.integers(0, 1 << 20, rank), g.integers(0, 1 << 17, rank)).astype(np.int32)
     bias = g.integers(-(1 << 17), 1 << 17, rank).astype(np.int32)
+    factor = g.choice([0.25, 0.5946, 1.0, 2.0], tokens).astype(np.float32)
     high, low = min(wide, rank), max(rank - wide, 0)
     wide_out = poisoned((tokens + 1, high + GUARD), torch.float16, kernel_device)
     narrow_out = poisoned((tokens + 1, low + GUARD), torch.int8, kernel_device)
@@ -180,10 +181,10 @@ def test_levels_are_the_reference_levels(kernel_device, tokens, rank, split, wid
         case.on_device(case.words.view(np.int16)), case.on_device(np.cumsum(case.lengths) - case.lengths),
         case.on_device(lengths.astype(np.int32)), case.device_classes(), case.device_tables, wide_out[:-1],
         narrow_out[:-1], bad, centroid=case.on_device(centroid), scale=case.on_device(scale),
-        bias=case.on_device(bias), wide_components=wide, **case.coding,
+        bias=case.on_device(bias), factor=case.on_device(factor), wide_components=wide, **case.coding,
     )  # fmt: skip
     case.symbols[0] = 0
-    expected = reference.levels(case.symbols, centroid, scale, bias, wide)
+    expected = reference.levels(case.symbols, centroid, scale, bias, wide, factor, case.first)
     np.testing.assert_array_equal(bad.cpu().numpy(), 0)
     for out, reference_levels, columns in zip((wide_out, narrow_out), expected, (high, low), strict=True):
         found = out[:-1, :columns].cpu().numpy()
@@ -305,7 +306,12 @@ def test_refusals(kernel_device):
     assert untouched(lengths)
 
     def levels(told: str, **changes) -> None:
-        zeros = {"centroid": torch.zeros(20), "scale": torch.zeros(20).int(), "bias": torch.zeros(20).int()}
+        zeros = {
+            "centroid": torch.zeros(20),
+            "scale": torch.zeros(20).int(),
+            "bias": torch.zeros(20).int(),
+            "factor": torch.ones(4),
+        }
         arguments = {
             "words": words[0], "starts": torch.zeros(8, dtype=torch.int64), "lengths": lengths, "classes": classes,
             "tables": case.device_tables, "wide": torch.zeros(4, 16).half(),
@@ -322,6 +328,7 @@ def test_refusals(kernel_device):
     levels("narrow must be", narrow=torch.zeros(4, 3, dtype=torch.int8))
     levels("scale must be", scale=torch.zeros(20))
     levels("centroid must be", centroid=torch.zeros(19))
+    levels("factor must be", factor=torch.ones(3))
     levels("starts must be", starts=torch.zeros(8, dtype=torch.int32))
     levels("bad must be", bad=torch.zeros(9, dtype=torch.int32))
 
@@ -345,6 +352,7 @@ from dynamo_kvtc.ops.rans import triton as kernels
 POINTERS = dict(
     words="i16", starts="i64", lengths="i32", offsets="i8", classes="u8", lut="i32", coarse="i32", slots="u8",
     shift="i32", symbols="i16", wide="fp16", narrow="i8", bad="i32", centroid="fp32", scale="i32", bias="i32",
+    factors="fp32",
     skip="u8", table="i64",
 )
 DECODE = dict(BLOCK=32, WIDE_GROUPS=1, OFFSETS=True, COARSE=True)

@@ -49,23 +49,25 @@ def write(
 
 def read(
     data: Tensor, base: Tensor, size: Tensor, crc: Tensor, expected: Tensor, first: Tensor, counts: Tensor,
-    status: Tensor, starts: Tensor, lengths: Tensor, parameters: Tensor, offsets: Tensor, split: int, most: int,
-    neutral: int, classes: int, top: int,
+    status: Tensor, shrink: Tensor, starts: Tensor, lengths: Tensor, factors: Tensor, offsets: Tensor, split: int,
+    most: int, neutral: int, classes: int, top: int,
 ) -> None:  # fmt: skip
-    """Directories of payloads, checked as ``codec.lanes.unpack_lanes`` does.
+    """Directories of payloads of G layer groups, checked as ``codec.lanes.unpack_lanes`` does.
 
-    data: uint8 [bytes]; base, size: int64 [B], a payload's first byte and bytes; crc, expected: int32 [B]; first,
-    counts: int32 [B], its coded tokens; status: int32 [B], a block that is not SOUND is left alone, one whose checksum
-    is not the expected one becomes BAD_CHECKSUM, one whose directory cannot be becomes BAD_DIRECTORY.
-    Out: starts int64, lengths int32 [T * S], in words of data, 0 words in a bad block; parameters uint8 [T]; offsets
-    int8 [T], (table choice - neutral) * classes. top: largest fineness.
+    data: uint8 [bytes]; base, size: int64 [G, B], a payload's first byte and bytes; crc, expected: int32 [G, B], in one
+    piece; first, counts: int32 [B], its coded tokens; status: int32 [B], a block that is not SOUND is left alone, one
+    with a checksum that is not the expected one becomes BAD_CHECKSUM, with a directory that cannot be BAD_DIRECTORY.
+    Out: starts int64, lengths int32 [G, T * S or more], in words of data, 0 words of a payload that is not sound;
+    factors float32 [G, T or more], shrink (float32 [16]) of a token's fineness, which is at most ``top``; offsets int8
+    [G, T or more], (table choice - neutral) * classes.
     """
     from dynamo_kvtc.ops.lanes import triton as kernels
 
     tokens = kernels.power(most)
-    kernels.read[(len(first),)](
-        data, base, size, crc, expected, first, counts, status, starts, lengths, parameters, offsets, top, neutral,
-        classes, split, tokens * split, tokens,
+    kernels.read[(len(first), len(base))](
+        data, base, size, crc, expected, first, counts, status, shrink, starts, lengths, factors, offsets, top,
+        starts.stride(0), lengths.stride(0), factors.stride(0), offsets.stride(0), neutral, classes, split,
+        tokens * split, tokens,
     )  # fmt: skip
 
 

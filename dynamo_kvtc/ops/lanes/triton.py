@@ -78,15 +78,18 @@ def _copy_words(words, stride, cap, lengths, word_at, target, lanes, ROWS: tl.co
 
 
 @triton.jit
-def _read(data, base, size, crc, expected, first, counts, status, starts, lengths, parameters, offsets, top,
+def _read(data, base, size, crc, expected, first, counts, status, shrink, starts, lengths, factors, offsets, top,
+          stride_starts, stride_lengths, stride_factors, stride_offsets,
           NEUTRAL: tl.constexpr, CLASSES: tl.constexpr, S: tl.constexpr, LANES: tl.constexpr,
           TOKENS: tl.constexpr):  # fmt: skip
     """Where each lane of each block's payload lies, in words of ``data``; length 0 where the payload is not sound."""
     block = tl.program_id(0)
+    group = tl.program_id(1).to(tl.int64)
+    own = group * tl.num_programs(0) + block
     begin = tl.load(first + block)
     count = tl.load(counts + block)
-    at = tl.load(base + block)
-    room = tl.load(size + block)
+    at = tl.load(base + own)
+    room = tl.load(size + own)
     start = data + at
     has_head = room >= 4
     least = tl.load(start, mask=has_head, other=0).to(tl.int32)
@@ -99,7 +102,7 @@ def _read(data, base, size, crc, expected, first, counts, status, starts, length
     sane = sane & (head <= room) & ((room - head) % 2 == 0) & (at % 2 == 0)
     sane = sane | ((count == 0) & (room == 0))
     before = tl.load(status + block)
-    before = tl.where((before == 0) & (tl.load(crc + block) != tl.load(expected + block)), 1, before)
+    before = tl.where((before == 0) & (tl.load(crc + own) != tl.load(expected + own)), 1, before)
     sane = sane & (before == 0)
 
     lane = tl.arange(0, LANES)
@@ -117,12 +120,15 @@ def _read(data, base, size, crc, expected, first, counts, status, starts, length
     where = (at + head) // 2 + tl.cumsum(length.to(tl.int64), 0) - length
     to = begin.to(tl.int64) * S + lane
     inside = lane < count * S
-    tl.store(starts + to, tl.where(sound, where, 0), mask=inside)
-    tl.store(lengths + to, tl.where(sound, length, 0), mask=inside)
+    tl.store(starts + group * stride_starts + to, tl.where(sound, where, 0), mask=inside)
+    tl.store(lengths + group * stride_lengths + to, tl.where(sound, length, 0), mask=inside)
     value = tl.where(sound, value, 4)
-    tl.store(parameters + begin + t, value, mask=of_token)
-    tl.store(offsets + begin + t, ((value.to(tl.int32) // 16 - NEUTRAL) * CLASSES).to(tl.int8), mask=of_token)
-    tl.store(status + block, tl.where((before == 0) & ~sound, 2, before))
+    tl.store(factors + group * stride_factors + begin + t, tl.load(shrink + value.to(tl.int32) % 16), mask=of_token)
+    offset = ((value.to(tl.int32) // 16 - NEUTRAL) * CLASSES).to(tl.int8)
+    tl.store(offsets + group * stride_offsets + begin + t, offset, mask=of_token)
+    # The block's other layer groups are at it, too: the first to find something says so.
+    if (sound == 0) & (tl.load(status + block) == 0):
+        tl.atomic_cas(status + block, 0, tl.where(before == 0, 2, before))
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,9 +56,9 @@ def check_slots(cache: PagedCache, slots: Tensor, written: bool = False) -> None
 
 def _distinct(slots: Tensor, count: int) -> bool:
     """Whether no slot comes twice. Marking them in a cache's worth of bytes is faster than sorting them."""
-    seen = torch.zeros(count, dtype=torch.bool)
-    seen[slots] = True
-    return int(seen.count_nonzero()) == len(slots)
+    seen = np.zeros(count, dtype=np.bool_)
+    seen[slots.numpy()] = True
+    return int(np.count_nonzero(seen)) == len(slots)
 
 
 def gather_fixed(

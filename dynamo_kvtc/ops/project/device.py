@@ -12,7 +12,6 @@ from dynamo_kvtc.ops.project import BASIS_BITS, INPUT_MAX
 
 ALIGNMENT = 16
 """Bytes: rows of what a kernel reads through a tensor descriptor start at multiples of it."""
-MIN_FRONT = 32
 MAX_LIMB_SUM = 2**17 - 1
 """Products of two limbs, each up to 2**14, that fit int32 when added."""
 _LIMB = 256
@@ -43,49 +42,49 @@ def limbs(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Analysis:
-    """A layer group's operands for ``analyse_device``: int8 [W or N, P or Pw], rows aligned.
+    """A layer group's operands for ``analyse_device``, rows aligned: a wide component's two limbs are apart.
 
-    wide_*: the two limbs of the wide basis, narrow: the narrow one; *_high: the same for the wide inputs' high limbs.
+    low: int8 [2W + N, P], the W wide components' high limbs, their low limbs, the N narrow ones; high: int8
+    [2W + N, max(Pw, 1)], the same for the wide inputs alone.
     """
 
-    wide_high: Tensor
-    wide_low: Tensor
-    wide_high_high: Tensor
-    wide_low_high: Tensor
-    narrow: Tensor
-    narrow_high: Tensor
+    low: Tensor
+    high: Tensor
+    width: int
 
     @classmethod
     def of(cls, wide: Tensor, narrow: Tensor, wide_inputs: Tensor) -> Analysis:
         """wide: int16 [P, W]; narrow: int8 [P, N]; wide_inputs: int64 [Pw]; all on the device to be used."""
-        high, low = limbs(wide.T)
-        of_high = [x[:, wide_inputs] for x in (high, low, narrow.T)]
-        return cls(
-            aligned(high), aligned(low), aligned(of_high[0]), aligned(of_high[1]), aligned(narrow.T),
-            aligned(of_high[2]),
-        )  # fmt: skip
+        rows = torch.cat([*limbs(wide.T), narrow.T])
+        return cls(aligned(rows), aligned(rows[:, wide_inputs]), wide.shape[1])
+
+    @property
+    def products(self) -> int:
+        """Columns of what ``analyse_device`` makes."""
+        return len(self.low)
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, name).untyped_storage().nbytes() for name in self.__dataclass_fields__)
+        return self.low.untyped_storage().nbytes() + self.high.untyped_storage().nbytes()
 
 
 def analyse_device(low: Tensor, high: Tensor, basis: Analysis, out: Tensor) -> None:
-    """Exact coefficients of fixed-point inputs, wide components first, modulo 2**32.
+    """Exact coefficients of fixed-point inputs, modulo 2**32: a wide component's is 256 * out[:, j] + out[:, W + j], by
+    its basis's limbs, a narrow one's out[:, W + j].
 
     low: int8 [T, P], the low limbs; high: int8 [T, max(Pw, 1)], the wide inputs' high limbs (zeros where there are
-    none); rows aligned. out: int32 [T, W + N].
+    none); rows aligned. out: int32 [T, 2W + N].
     """
     from dynamo_kvtc.ops.project import triton as kernels
 
     for name, x in (("low", low), ("high", high)):
         _check_operand(name, x, torch.int8)
-    width, rest = basis.wide_high.shape[0], basis.narrow.shape[0]
-    if out.dtype != torch.int32 or out.shape != (len(low), width + rest):
-        raise ConfigError(f"out must be int32 [{len(low)}, {width + rest}]; got {out.dtype} {tuple(out.shape)}")
-    kernels.analyse(low, high, basis.wide_high, basis.wide_high_high, out[:, :width], False)
-    kernels.analyse(low, high, basis.wide_low, basis.wide_low_high, out[:, :width], True)
-    kernels.analyse(low, high, basis.narrow, basis.narrow_high, out[:, width:], False)
+    if out.dtype != torch.int32 or out.shape != (len(low), basis.products):
+        raise ConfigError(f"out must be int32 [{len(low)}, {basis.products}]; got {out.dtype} {tuple(out.shape)}")
+    for name, x, operand in (("low", low, basis.low), ("high", high, basis.high)):
+        if x.shape[1] != operand.shape[1]:
+            raise ConfigError(f"{name} has {x.shape[1]} columns; the basis has {operand.shape[1]}")
+    kernels.analyse(low, high, basis.low, basis.high, out)
 
 
 @dataclass(frozen=True)
@@ -158,14 +157,12 @@ def square_sums_device(inputs: Tensor, out: Tensor) -> None:
 class Synthesis:
     """A layer group's operands for ``synthesise_into_pages``. Columns are padded heads (``head_columns``), Pp in all.
 
-    narrow: int8 [Pp, N]; wide: float16 [Pp, W], zeros for the leading components; front: float16 [Pp, F'], zeros for
-    the others; gain, mean: float32 [Pp]; narrow_unit: steps per unit of the narrow product; first_head: the head of the
-    first column, of K's Lg H heads and then V's: K or V may come alone.
+    narrow: int8 [Pp, N]; wide: float16 [Pp, W]; gain, mean: float32 [Pp]; narrow_unit: steps per unit of the narrow
+    product; first_head: the head of the first column, of K's Lg H heads and then V's: K or V may come alone.
     """
 
     narrow: Tensor
     wide: Tensor
-    front: Tensor
     gain: Tensor
     mean: Tensor
     narrow_unit: float
@@ -178,7 +175,7 @@ class Synthesis:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.untyped_storage().nbytes() for x in (self.narrow, self.wide, self.front, self.gain, self.mean))
+        return sum(x.untyped_storage().nbytes() for x in (self.narrow, self.wide, self.gain, self.mean))
 
 
 @dataclass(frozen=True)
@@ -215,7 +212,7 @@ def head_columns(head_dim: int, pairs: int, interleaved: bool) -> Tensor:
 
 
 def synthesis_operands(
-    wide: Tensor, narrow: Tensor, leading: int, exponent: int, gain: Tensor, mean: Tensor, layers: tuple[int, int],
+    wide: Tensor, narrow: Tensor, exponent: int, gain: Tensor, mean: Tensor, layers: tuple[int, int],
     heads: int, head_dim: int, pairs: int, interleaved: bool, scaling: float, first_head: int = 0,
 ) -> Synthesis:  # fmt: skip
     """wide: int16 [P, W]; narrow: int8 [P, N]; gain, mean: float32 [P]; on the device to be used. P = 2 Lg H D, or half
@@ -229,32 +226,27 @@ def synthesis_operands(
         return torch.where(there.reshape(-1, *[1] * (x.dim() - 1)), x[index.clamp(min=0)], 0)
 
     full = (rows(wide).float() * 2.0**-BASIS_BITS).half()
-    front = torch.zeros(
-        len(full), 1 << (max(leading, MIN_FRONT) - 1).bit_length(), dtype=torch.half, device=wide.device
-    )
-    front[:, :leading] = full[:, :leading]
-    full[:, :leading] = 0
     return Synthesis(
-        aligned(rows(narrow)), aligned(full), aligned(front), rows(gain), rows(mean), 2.0**-exponent, layers[0],
+        aligned(rows(narrow)), aligned(full), rows(gain), rows(mean), 2.0**-exponent, layers[0],
         layers[1] - layers[0], len(columns), interleaved, scaling, first_head,
     )  # fmt: skip
 
 
 def synthesise_into_pages(
-    narrow: Tensor, wide: Tensor, basis: Synthesis, parameters: Tensor, shrink: Tensor, cos: Tensor, sin: Tensor,
-    pages: Pages, slots: Tensor,
+    narrow: Tensor, wide: Tensor, basis: Synthesis, factors: Tensor, cos: Tensor, sin: Tensor, pages: Pages,
+    slots: Tensor,
 ) -> None:  # fmt: skip
     """Decoded levels to K (RoPE applied) and V in the engine's pages, in one pass.
 
-    narrow: int8 [T, max(N, 1)]; wide: float16 [T, max(W, 1)], the leading components first; rows aligned; zeros where
-    there is no component. parameters: uint8 [T], its fineness in the low 4 bits; shrink: float32 [16], one over each
-    fineness's gain; cos, sin: float32 [T, pairs]; slots: int64 [T], -1 for a token not to be written.
+    narrow: int8 [T, max(N, 1)]; wide: float16 [T, max(W, 1)]; rows aligned; zeros where there is no component.
+    factors: float32 [T], what a token's narrow levels are to be multiplied by; cos, sin: float32 [T, pairs]; slots:
+    int64 [T], -1 for a token not to be written.
     """
     from dynamo_kvtc.ops.project import triton as kernels
 
     _check_operand("narrow", narrow, torch.int8)
     _check_operand("wide", wide, torch.float16)
-    kernels.synthesise(narrow, wide, basis, parameters, shrink, cos, sin, pages, slots)
+    kernels.synthesise(narrow, wide, basis, factors, cos, sin, pages, slots)
 
 
 def _check_operand(name: str, x: Tensor, dtype: torch.dtype) -> None:

@@ -38,8 +38,8 @@ def _place(tile, rows, columns, GROUP: tl.constexpr):
 @triton.jit
 def _analyse(a1, a2, b1, b2, c, tokens, components, k1, k2, stride_a1, stride_a2, stride_b1, stride_b2, stride_c,
              programs, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-             HIGH: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
-    """c = ((c if ADD else 0) + a1 @ b1.T) * 256 + a2 @ b2.T, modulo 2**32; without HIGH a2 @ b2.T alone."""
+             HIGH: tl.constexpr):  # fmt: skip
+    """c = (a1 @ b1.T) * 256 + a2 @ b2.T, modulo 2**32; without HIGH a2 @ b2.T alone."""
     da2 = tl.make_tensor_descriptor(a2, shape=[tokens, k2], strides=[stride_a2, 1], block_shape=[BM, BK])
     db2 = tl.make_tensor_descriptor(b2, shape=[components, k2], strides=[stride_b2, 1], block_shape=[BN, BK])
     if HIGH:
@@ -52,8 +52,6 @@ def _analyse(a1, a2, b1, b2, c, tokens, components, k1, k2, stride_a1, stride_a2
         out = c + rm.to(tl.int64)[:, None] * stride_c + rn[None, :]
         inside = (rm < tokens)[:, None] & (rn < components)[None, :]
         acc = tl.zeros((BM, BN), dtype=tl.int32)
-        if ADD:
-            acc = tl.load(out, mask=inside, other=0)
         if HIGH:
             for k in range(0, k1, BK):
                 acc = tl.dot(da1.load([pm * BM, k]), db1.load([pn * BN, k]).T, acc, out_dtype=tl.int32)
@@ -63,10 +61,10 @@ def _analyse(a1, a2, b1, b2, c, tokens, components, k1, k2, stride_a1, stride_a2
         tl.store(out, acc, mask=inside)
 
 
-def analyse(low: Tensor, high: Tensor, b_low: Tensor, b_high: Tensor, out: Tensor, add: bool) -> None:
-    """out = ((out if add else 0) + high @ b_high.T) * 256 + low @ b_low.T, exact modulo 2**32.
+def analyse(low: Tensor, high: Tensor, b_low: Tensor, b_high: Tensor, out: Tensor) -> None:
+    """out = high @ b_high.T * 256 + low @ b_low.T, exact modulo 2**32.
 
-    low: int8 [T, P], high: int8 [T, Pw], b_low: int8 [R, P], b_high: int8 [R, Pw], out: int32 [T, R]; rows of the int8
+    low: int8 [T, P], high: int8 [T, Pw], b_low: int8 [C, P], b_high: int8 [C, Pw], out: int32 [T, C]; rows of the int8
     operands start at multiples of 16 bytes.
     """
     tokens, components = out.shape
@@ -75,7 +73,7 @@ def analyse(low: Tensor, high: Tensor, b_low: Tensor, b_high: Tensor, out: Tenso
     tile, programs = _tile(tokens, components, out)
     _analyse[(programs,)](
         high, low, b_high, b_low, out, tokens, components, high.shape[1], low.shape[1], high.stride(0), low.stride(0),
-        b_high.stride(0), b_low.stride(0), out.stride(0), programs, *tile[:3], _GROUP, True, add,
+        b_high.stride(0), b_low.stride(0), out.stride(0), programs, *tile[:3], _GROUP, True,
         num_warps=tile[3], num_stages=tile[4],
     )  # fmt: skip
 
@@ -113,7 +111,7 @@ def analyse_wide(inputs: Tensor, basis: Tensor, products: Tensor, out: Tensor) -
     depth, stride_a, stride_b = inputs.shape[1], inputs.stride(0), basis.stride(0)
     _analyse[(programs,)](
         inputs, inputs, basis, basis, products, rows, columns, depth, depth, stride_a, stride_a, stride_b, stride_b,
-        columns, programs, *tile[:3], _GROUP, False, False, num_warps=tile[3], num_stages=tile[4],
+        columns, programs, *tile[:3], _GROUP, False, num_warps=tile[3], num_stages=tile[4],
     )  # fmt: skip
     tokens, rank = out.shape
     _combine[(tokens, triton.cdiv(rank, _ELEMENTS))](products, out, tokens, rank, _ELEMENTS, num_warps=4)
@@ -125,13 +123,12 @@ def square_sums(inputs: Tensor, out: Tensor) -> None:
 
 
 @triton.jit
-def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_narrow, k_wide, stride_narrow,
-                stride_wide, stride_bn, stride_bw, stride_bf, narrow_unit, shrink, parameters,
-                synthesis, mean, cos, sin, addresses, slots, first_layer, layers, heads, first_head,
-                block_tokens, stride_block, stride_head, stride_token, programs, D: tl.constexpr, HALF: tl.constexpr,
-                PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, scaling, top, ROWS: tl.constexpr, BM: tl.constexpr,
-                BN: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
-                ITEM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+def _synthesise(narrow, wide, b_narrow, b_wide, tokens, channels, k_narrow, k_wide, stride_narrow, stride_wide,
+                stride_bn, stride_bw, narrow_unit, factors, synthesis, mean, cos, sin, addresses, slots, first_layer,
+                layers, heads, first_head, block_tokens, stride_block, stride_head, stride_token, programs,
+                D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, scaling, top,
+                ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+                ALIGN: tl.constexpr, ITEM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Channels of whole heads from levels, RoPE applied, into the pages. A tile is ROWS heads of BN / ROWS columns.
 
     Column c of a head is dim c // 2 of the first halves (even c) or of the second halves (odd c): the two dims that
@@ -139,31 +136,29 @@ def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_nar
     """
     dn = tl.make_tensor_descriptor(narrow, shape=[tokens, k_narrow], strides=[stride_narrow, 1], block_shape=[BM, BK])
     dw = tl.make_tensor_descriptor(wide, shape=[tokens, k_wide], strides=[stride_wide, 1], block_shape=[BM, BK // 2])
-    df = tl.make_tensor_descriptor(wide, shape=[tokens, k_wide], strides=[stride_wide, 1], block_shape=[BM, BF])
     en = tl.make_tensor_descriptor(b_narrow, shape=[channels, k_narrow], strides=[stride_bn, 1], block_shape=[BN, BK])
     ew = tl.make_tensor_descriptor(b_wide, shape=[channels, k_wide], strides=[stride_bw, 1], block_shape=[BN, BK // 2])
-    ef = tl.make_tensor_descriptor(b_front, shape=[channels, BF], strides=[stride_bf, 1], block_shape=[BN, BF])
     rows, columns = tl.cdiv(tokens, BM), tl.cdiv(channels, BN)
     HEAD: tl.constexpr = BN // ROWS
     for tile in range(tl.program_id(0), rows * columns, programs):
         pm, pn = _place(tile, rows, columns, GROUP)
+        # Asked for before the products, to be there behind them.
+        rm = pm * BM + tl.arange(0, BM)
+        here = rm < tokens
+        factor = tl.load(factors + rm, mask=here, other=0.0) * narrow_unit
+        slot = tl.load(slots + rm, mask=here, other=-1)
         total = tl.zeros((BM, BN), dtype=tl.int32)
         for k in range(0, k_narrow, BK):
             total = tl.dot(dn.load([pm * BM, k]), en.load([pn * BN, k]).T, total, out_dtype=tl.int32)
-        acc = total.to(tl.float32) * narrow_unit
+        acc = total.to(tl.float32) * factor[:, None]
         for k in range(0, k_wide, BK // 2):
             acc = tl.dot(dw.load([pm * BM, k]), ew.load([pn * BN, k]).T, acc)
-        rm = pm * BM + tl.arange(0, BM)
-        here = rm < tokens
-        acc *= tl.load(shrink + tl.load(parameters + rm, mask=here, other=0).to(tl.int32) % 16)[:, None]
-        acc = tl.dot(df.load([pm * BM, 0]), ef.load([pn * BN, 0]).T, acc)
         column = pn * BN + tl.arange(0, BN)
         valid = column < channels
         acc = acc * tl.load(synthesis + column, mask=valid, other=0.0)[None, :]
         acc += tl.load(mean + column, mask=valid, other=0.0)[None, :]
 
         first, second = tl.split(tl.reshape(acc, [BM, BN // 2, 2]))
-        slot = tl.load(slots + rm, mask=here, other=-1)
         written = here & (slot >= 0)
         place = tl.where(written, slot // block_tokens * stride_block + slot % block_tokens * stride_token, 0)
         # A tile of one head has one base address, so its stores are plainly contiguous.
@@ -210,8 +205,8 @@ def _synthesise(narrow, wide, b_narrow, b_wide, b_front, tokens, channels, k_nar
 
 
 def synthesise(
-    narrow: Tensor, wide: Tensor, basis: Synthesis, parameters: Tensor, shrink: Tensor, cos: Tensor, sin: Tensor,
-    pages: Pages, slots: Tensor,
+    narrow: Tensor, wide: Tensor, basis: Synthesis, factors: Tensor, cos: Tensor, sin: Tensor, pages: Pages,
+    slots: Tensor,
 ) -> None:  # fmt: skip
     """See ``ops.project.synthesise_into_pages``."""
     tokens, channels = len(slots), basis.narrow.shape[0]
@@ -222,14 +217,13 @@ def synthesise(
     if basis.head > bn:
         bm, bn = bm * bn // basis.head, basis.head
     _synthesise[(programs,)](
-        narrow, wide, basis.narrow, basis.wide, basis.front, tokens, channels, narrow.shape[1], wide.shape[1],
-        narrow.stride(0), wide.stride(0), basis.narrow.stride(0), basis.wide.stride(0), basis.front.stride(0),
-        basis.narrow_unit, shrink, parameters, basis.gain, basis.mean, cos, sin, pages.addresses, slots,
-        basis.first_layer, basis.layers, pages.heads, basis.first_head, pages.block_tokens, pages.stride_block,
-        pages.stride_head, pages.stride_token, programs, pages.head_dim, (pages.head_dim + 1) // 2, cos.shape[1],
-        basis.interleaved, basis.scaling, torch.finfo(pages.dtype).max, bn // basis.head, bm, bn, bk,
-        basis.front.shape[1], _GROUP, pages.alignment, pages.dtype.itemsize, _TL[pages.dtype], num_warps=warps,
-        num_stages=stages,
+        narrow, wide, basis.narrow, basis.wide, tokens, channels, narrow.shape[1], wide.shape[1],
+        narrow.stride(0), wide.stride(0), basis.narrow.stride(0), basis.wide.stride(0), basis.narrow_unit, factors,
+        basis.gain, basis.mean, cos, sin, pages.addresses, slots, basis.first_layer, basis.layers, pages.heads,
+        basis.first_head, pages.block_tokens, pages.stride_block, pages.stride_head, pages.stride_token, programs,
+        pages.head_dim, (pages.head_dim + 1) // 2, cos.shape[1], basis.interleaved, basis.scaling,
+        torch.finfo(pages.dtype).max, bn // basis.head, bm, bn, bk, _GROUP, pages.alignment, pages.dtype.itemsize,
+        _TL[pages.dtype], num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ class Quantiser:
     """One layer group's constants, on the device, all by component [R].
 
     units, rounding, limits: int32, as for ``quantise``; below: int32, a wide component's centroid in 2**-ERROR_BITS
-    steps; scale, level_bias: int32, of narrow components (1 and 0 for wide ones); activity: int32, 0 for leading ones.
+    steps; scale, level_bias: int32, of narrow components (1 and 0 for wide ones); inverse: int32, ceil(2**32 / scale)
+    as unsigned, 0 for a scale of 1; activity: int32, 0 for leading ones.
     importance: int32 [2, F]; thresholds: int64 [15]; gains: int32 [16]; mean_error: float64 [1].
     """
 
@@ -25,6 +26,7 @@ class Quantiser:
     limits: Tensor
     below: Tensor
     scale: Tensor
+    inverse: Tensor
     level_bias: Tensor
     activity: Tensor
     importance: Tensor
@@ -47,34 +49,42 @@ class Quantiser:
         levels = torch.arange(quantize.FINENESS_LEVELS)
         gains[: len(levels)] = (quantize.gains(levels, torch.float64) * 2**8).to(torch.int32)
         pad = torch.zeros(rank, dtype=torch.int32)
+        scales = torch.cat([pad[:width] + 1, scale.int()])
         on = (
-            units.int(), rounding.int(), limits.int(), torch.cat([below, pad[width:]]),
-            torch.cat([pad[:width] + 1, scale.int()]), torch.cat([pad[:width], level_bias.int()]),
+            units.int(), rounding.int(), limits.int(), torch.cat([below, pad[width:]]), scales, _inverse(scales),
+            torch.cat([pad[:width], level_bias.int()]),
             torch.cat([pad[:leading], activity.int()]), importance.int().contiguous(), thresholds.long(), gains,
             torch.tensor([mean_error], dtype=torch.float64),
         )  # fmt: skip
         names = (
-            "units", "rounding", "limits", "below", "scale", "level_bias", "activity", "importance", "thresholds",
-            "gains", "mean_error",
+            "units", "rounding", "limits", "below", "scale", "inverse", "level_bias", "activity", "importance",
+            "thresholds", "gains", "mean_error",
         )  # fmt: skip
         tensors = {name: x.to(device) for name, x in zip(names, on, strict=True)}
         return cls(bias=bias, width=width, leading=leading, **tensors)
 
 
+def _inverse(scale: Tensor) -> Tensor:
+    """An n below 2**20 divided by a scale up to 255 is the upper half of n times this, exactly."""
+    wanted = -(-(2**32) // scale.long()) % 2**32
+    return torch.where(wanted >= 2**31, wanted - 2**32, wanted).to(torch.int32)
+
+
 def quantise_device(
-    coefficients: Tensor, energy: Tensor, saturated: Tensor, quantiser: Quantiser, symbols: Tensor, parameters: Tensor,
+    products: Tensor, energy: Tensor, saturated: Tensor, quantiser: Quantiser, symbols: Tensor, parameters: Tensor,
     error: Tensor,
 ) -> None:  # fmt: skip
     """Symbols, parameters and errors of tokens, as the reference's functions make them one after another.
 
-    coefficients: int32 [T, R]; energy: int64 [T]; saturated: uint8 or int32 [T], not 0 for a token that cannot be
-    coded. Out: symbols int16 [T, R], any row stride; parameters uint8 [T], fineness + 16 * table choice; error float64
-    [T] as a multiple of the calibrated mean, infinite for a token that cannot be coded (saturated, an energy over
-    ENERGY_MAX, a wide symbol over SYMBOL_MAX).
+    products: int32 [T, W + R]: a wide component's coefficient is 256 * products[:, j] + products[:, W + j] modulo
+    2**32, a narrow one's products[:, W + j]; energy: int64 [T]; saturated: uint8 or int32 [T], not 0 for a token that
+    cannot be coded. Out: symbols int16 [T, R], any row stride; parameters uint8 [T], fineness + 16 * table choice;
+    error float64 [T] as a multiple of the calibrated mean, infinite for a token that cannot be coded (saturated, an
+    energy over ENERGY_MAX, a wide symbol over SYMBOL_MAX).
     """
-    tokens, rank = coefficients.shape
+    tokens, rank = len(products), len(quantiser.units)
     for name, x, dtypes, shape in (
-        ("coefficients", coefficients, (torch.int32,), (tokens, len(quantiser.units))),
+        ("products", products, (torch.int32,), (tokens, quantiser.width + rank)),
         ("energy", energy, (torch.int64,), (tokens,)),
         ("saturated", saturated, (torch.uint8, torch.int32), (tokens,)),
         ("symbols", symbols, (torch.int16,), (tokens, rank)),
@@ -86,4 +96,4 @@ def quantise_device(
     if tokens:
         from dynamo_kvtc.ops.quantize import triton as kernels
 
-        kernels.quantise(coefficients, energy, saturated, quantiser, symbols, parameters, error)
+        kernels.quantise(products, energy, saturated, quantiser, symbols, parameters, error)

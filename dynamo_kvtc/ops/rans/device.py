@@ -104,6 +104,7 @@ def decode_levels_device(
     centroid: Tensor,
     scale: Tensor,
     bias: Tensor,
+    factor: Tensor,
     wide_components: int,
     offsets: Tensor | None = None,
     first: int = 0,
@@ -114,11 +115,13 @@ def decode_levels_device(
     The first W = wide_components (a multiple of 16, at least ``first``) components go to ``wide``, the others to
     ``narrow``; with q a component's symbol, and 0 wherever q is 0:
 
-    wide (out): float16 [T, min(W, R) or more], sign(q) * (|q| - centroid[j]), computed in float32.
+    wide (out): float16 [T, min(W, R) or more], sign(q) * (|q| - centroid[j]), from component ``first`` on times factor,
+        computed in float32, its magnitude 65504 at most.
     narrow (out): int8 [T, max(R - W, 0) or more], column j - W:
         sign(q) * clamp((min(|q|, 2047) * scale[j] - bias[j] + 32768) >> 16, 0, 127) in int32.
     Any row stride; further columns are left alone. bad (out) and the other arguments as for ``decode_symbols_device``.
-    centroid: float32 [R]; scale, bias: int32 [R], in 2**-16 levels; the int32 arithmetic must not overflow.
+    centroid: float32 [R]; factor: float32 [T]; scale, bias: int32 [R], in 2**-16 levels; the int32 arithmetic must not
+    overflow.
     """
     lanes = _streams(words, starts, lengths, classes, tables, bad, offsets, first, lanes_per_token)
     rank = classes.shape[0]
@@ -129,13 +132,16 @@ def decode_levels_device(
     _matrix("wide", wide, (torch.float16,), lanes // lanes_per_token, min(wide_components, rank))
     _matrix("narrow", narrow, (torch.int8,), lanes // lanes_per_token, max(rank - wide_components, 0))
     _vector("centroid", centroid, (torch.float32,), rank)
+    _vector("factor", factor, (torch.float32,), lanes // lanes_per_token)
     _vector("scale", scale, (torch.int32,), rank)
     _vector("bias", bias, (torch.int32,), rank)
-    _same_device(words, starts, lengths, classes, tables.decode, wide, narrow, bad, centroid, scale, bias, offsets)
+    _same_device(
+        words, starts, lengths, classes, tables.decode, wide, narrow, bad, centroid, scale, bias, factor, offsets
+    )
     if lanes:
         _decode(
             words, starts, lengths, classes, tables, bad, offsets, first, lanes_per_token,
-            levels=(wide, narrow, centroid, scale, bias), wide_components=wide_components,
+            levels=(wide, narrow, centroid, scale, bias, factor), wide_components=wide_components,
         )  # fmt: skip
 
 
@@ -165,12 +171,12 @@ def _decode(
     least = max(1, _WIDE_STEP // (4 * split))
     # An output that is not asked for is never touched: any tensor stands in for it.
     out = symbols if symbols is not None else bad
-    wide, narrow, centroid, scale, bias = levels if levels is not None else (bad,) * 5
+    wide, narrow, centroid, scale, bias, factor = levels if levels is not None else (bad,) * 6
     kernels.decode_kernel[(-(-len(lengths) // block),)](
         _raw(words), words.shape[0], starts, lengths, offsets if offsets is not None else classes, classes,
         tables.decode, tables.coarse, tables.slots, tables.shift, out, out.stride(0), wide, wide.stride(0), narrow,
-        narrow.stride(0), bad, centroid, scale, bias, len(lengths) // split, classes.shape[0], wide_components, first,
-        tables.classes - 1, tables.alphabet, BLOCK=block, S=split, GROUPS=groups or least, WIDE_GROUPS=least,
+        narrow.stride(0), bad, centroid, scale, bias, factor, len(lengths) // split, classes.shape[0], wide_components,
+        first, tables.classes - 1, tables.alphabet, BLOCK=block, S=split, GROUPS=groups or least, WIDE_GROUPS=least,
         LEVELS=levels is not None, OFFSETS=offsets is not None, COARSE=coarse, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 

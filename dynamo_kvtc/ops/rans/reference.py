@@ -46,10 +46,12 @@ def decode(words, lengths, classes, offsets, first, frequencies, starts, slots, 
     return symbols, bad
 
 
-def levels(symbols, centroid, scale, bias, wide):
+def levels(symbols, centroid, scale, bias, wide, factor, first):
     """What ``decode_levels_device`` makes of symbols int16 [T, R]: float16 [T, min(W, R)], int8 [T, max(R - W, 0)]."""
     q = symbols.astype(np.int32)
     magnitude = np.abs(q).astype(np.float32) - centroid.astype(np.float32)
+    magnitude[:, first:] *= factor[:, None]
+    magnitude = np.minimum(magnitude, np.float32(np.finfo(np.float16).max))
     high = np.where(q == 0, np.float32(0), np.where(q < 0, -magnitude, magnitude))[:, :wide].astype(np.float16)
     scaled = (np.minimum(np.abs(q), MAX_NARROW_SYMBOL) * scale - bias + np.int32(1 << 15)) >> np.int32(16)
     scaled = np.where(q == 0, 0, np.clip(scaled, 0, 127))

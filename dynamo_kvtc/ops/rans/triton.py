@@ -97,12 +97,13 @@ def _tile(packed, TOKENS: tl.constexpr, S: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _level(q, j, mask, centroid, scale, bias, KIND: tl.constexpr):
-    """What is stored for symbols q (int32) of components j."""
+def _level(q, j, mask, centroid, scale, bias, factor, first, KIND: tl.constexpr):
+    """What is stored for symbols q (int32) of components j. factor: of the token, from component ``first`` on."""
     if KIND == _SYMBOLS:
         return q.to(tl.int16)
     elif KIND == _WIDE:
         magnitude = tl.abs(q).to(tl.float32) - tl.load(centroid + j, mask=mask)
+        magnitude = tl.minimum(magnitude * tl.where(j >= first, factor, 1.0), 65504.0)
         return tl.where(q == 0, 0.0, tl.where(q < 0, -magnitude, magnitude)).to(tl.float16)
     else:
         scaled = tl.minimum(tl.abs(q), _NARROW_TOP) * tl.load(scale + j, mask=mask)
@@ -113,7 +114,8 @@ def _level(q, j, mask, centroid, scale, bias, KIND: tl.constexpr):
 
 @triton.jit
 def _one_by_one(x, p, base, end, active, exists, row, own, j0, column, count, offset, first, top, classes, lut, slots,
-                shift, alphabet, out, centroid, scale, bias, S: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
+                shift, alphabet, out, centroid, scale, bias, factor, S: tl.constexpr,
+                KIND: tl.constexpr):  # fmt: skip
     """Up to ``count`` components from j0 on, with escapes and raw bits, exactly as the reference does it."""
     for i in range(0, count, S):
         here = i + own < count
@@ -142,13 +144,14 @@ def _one_by_one(x, p, base, end, active, exists, row, own, j0, column, count, of
         x = tl.where(escaped, (x & 0xFFFF0000) | word, tl.where(more, (x << 16) | word, x))
         p += more.to(tl.int32)
         stored = exists & here
-        tl.store(out + row + (column + i + own), _level(q, j, stored, centroid, scale, bias, KIND), mask=stored)
+        tl.store(out + row + (column + i + own), _level(q, j, stored, centroid, scale, bias, factor, first, KIND),
+                 mask=stored)  # fmt: skip
     return x, p
 
 
 @triton.jit
 def _components(x, p, ahead, base, end, active, exists, token, own, lane0, tokens, j_from, count, offset, first, top,
-                classes, lut, coarse, slots, shift, alphabet, out, stride, centroid, scale, bias,
+                classes, lut, coarse, slots, shift, alphabet, out, stride, centroid, scale, bias, factors,
                 BLOCK: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr,
                 COARSE: tl.constexpr):  # fmt: skip
     """Components j_from .. j_from + count - 1 into columns 0 .. count - 1 of ``out``."""
@@ -157,6 +160,11 @@ def _components(x, p, ahead, base, end, active, exists, token, own, lane0, token
     tile_token = lane0 // S + tl.arange(0, TOKENS)
     tile_row = out + tile_token.to(tl.int64)[:, None] * stride
     tile_exists = (tile_token < tokens)[:, None]
+    lane_factor = tl.full([BLOCK], 1.0, tl.float32)
+    tile_factor = tl.full([TOKENS, 1], 1.0, tl.float32)
+    if KIND == _WIDE:
+        lane_factor = tl.load(factors + token, mask=exists, other=0.0)
+        tile_factor = tl.load(factors + tile_token, mask=tile_token < tokens, other=0.0)[:, None]
     for i0 in range(0, count, CHUNK):
         x0, p0 = x, p
         any_rare = 1
@@ -182,12 +190,12 @@ def _components(x, p, ahead, base, end, active, exists, token, own, lane0, token
             if any_rare == 0:
                 q = _tile(packed, TOKENS, S, 4 * GROUPS).to(tl.int32)
                 column = (i0 + tl.arange(0, CHUNK))[None, :]
-                value = _level(q, j_from + column, None, centroid, scale, bias, KIND)
+                value = _level(q, j_from + column, None, centroid, scale, bias, tile_factor, first, KIND)
                 tl.store(tile_row + column, value, mask=tile_exists)
         if any_rare != 0:
             x, p = _one_by_one(x0, p0, base, end, active, exists, token.to(tl.int64) * stride, own, j0, i0,
                                tl.minimum(count - i0, CHUNK), offset, first, top, classes, lut, slots, shift, alphabet,
-                               out, centroid, scale, bias, S, KIND)  # fmt: skip
+                               out, centroid, scale, bias, lane_factor, S, KIND)  # fmt: skip
             ahead = tl.load(base + p, mask=p < end, other=0)
     return x, p, ahead
 
@@ -195,9 +203,9 @@ def _components(x, p, ahead, base, end, active, exists, token, own, lane0, token
 @triton.jit(do_not_specialize=["total", "rank", "tokens", "first", "top", "alphabet"])
 def decode_kernel(
     words, total, starts, lengths, offsets, classes, lut, coarse, slots, shift, symbols, symbols_stride, wide,
-    wide_stride, narrow, narrow_stride, bad, centroid, scale, bias, tokens, rank, wide_components, first, top, alphabet,
-    BLOCK: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, WIDE_GROUPS: tl.constexpr, LEVELS: tl.constexpr,
-    OFFSETS: tl.constexpr, COARSE: tl.constexpr,
+    wide_stride, narrow, narrow_stride, bad, centroid, scale, bias, factors, tokens, rank, wide_components, first, top,
+    alphabet, BLOCK: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, WIDE_GROUPS: tl.constexpr,
+    LEVELS: tl.constexpr, OFFSETS: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
     lane0 = tl.program_id(0) * BLOCK
     lane = lane0 + tl.arange(0, BLOCK)
@@ -222,16 +230,16 @@ def decode_kernel(
     if LEVELS:
         x, p, ahead = _components(x, p, ahead, base, end, active, exists, token, own, lane0, tokens, 0,
                                   tl.minimum(wide_components, rank), offset, first, top, classes, lut, coarse, slots,
-                                  shift, alphabet, wide, wide_stride, centroid, scale, bias, BLOCK, S, WIDE_GROUPS,
-                                  _WIDE, COARSE)  # fmt: skip
+                                  shift, alphabet, wide, wide_stride, centroid, scale, bias, factors, BLOCK, S,
+                                  WIDE_GROUPS, _WIDE, COARSE)  # fmt: skip
         x, p, ahead = _components(x, p, ahead, base, end, active, exists, token, own, lane0, tokens, wide_components,
                                   rank - wide_components, offset, first, top, classes, lut, coarse, slots, shift,
-                                  alphabet, narrow, narrow_stride, centroid, scale, bias, BLOCK, S, GROUPS, _NARROW,
-                                  COARSE)  # fmt: skip
+                                  alphabet, narrow, narrow_stride, centroid, scale, bias, factors, BLOCK, S, GROUPS,
+                                  _NARROW, COARSE)  # fmt: skip
     else:
         x, p, ahead = _components(x, p, ahead, base, end, active, exists, token, own, lane0, tokens, 0, rank, offset,
                                   first, top, classes, lut, coarse, slots, shift, alphabet, symbols, symbols_stride,
-                                  centroid, scale, bias, BLOCK, S, GROUPS, _SYMBOLS, COARSE)  # fmt: skip
+                                  centroid, scale, bias, factors, BLOCK, S, GROUPS, _SYMBOLS, COARSE)  # fmt: skip
     # A lane that asked for a word it does not have has counted it: p is then beyond its end.
     wrong = active & (broken | (p != end) | (x != 65536))
     tl.store(bad + lane, (wrong | (exists & ~inside)).to(tl.int32), mask=exists)
