@@ -26,8 +26,10 @@ LEADING = 32
 
 PROBES = 96
 
-PROBE_STRENGTH = 1.0
-"""1: a token whose probes say that it loses twice as much gets steps that halve its loss."""
+PROBE_STRENGTH = 3.0
+"""At 1, steps would halve for a token whose probes say that it loses twice as much squared error; but probes tell only
+part of it. SmolLM2 calibrated on prose and maths, at 30x, on code: 1.49 times the KL of a calibration with code at 0,
+1.37 at 1, 1.29 at 2, while that calibration itself went from 26.0x to 25.6x to 25.2x (8 sequences)."""
 
 STRENGTH = 0.7
 _LEVELS_PER_NAT = 0.5 * 4 / math.log(2)

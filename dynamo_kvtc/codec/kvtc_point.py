@@ -21,6 +21,8 @@ MAX_LEADING = 256
 """Components whose symbols decide a token's fineness."""
 _GAIN_MAX = 1e24
 _UNIT_MAX = 2**21
+_LONGEST = 1.5
+"""Of a component; rounding to 8 bits leaves its length within a percent of 1."""
 _WIDE_INPUT = project.NARROW_INPUT_MAX
 """An input whose reach is over this many fixed-point units gets two limbs; the others are clipped there."""
 _LEVEL_MARGIN = 0.2
@@ -144,9 +146,13 @@ def _load_group(
     if not 0 <= exponent <= quantize.UNIT_BITS or not bool((scale > 0).all()):
         raise ArtifactFormatError(f"{where}: exponent {exponent} or a narrow component's scale is out of range")
     largest = int(scale.max() if len(scale) else 1) << (quantize.UNIT_BITS - exponent)
-    norm = max(_largest_norm(wide), _largest_norm(narrow))
+    columns = (_squared_norms(wide), _squared_norms(narrow))
+    norm = max(float(x.max()) if len(x) else 0.0 for x in columns)
     if largest > _UNIT_MAX or norm > quantize.NORM_MAX:
         raise ArtifactFormatError(f"{where}: a unit of {largest} or a squared norm of {norm:g}; the basis is too large")
+    own = torch.cat([columns[0] * 4.0**-project.BASIS_BITS, columns[1] * scale.double().square() * 4.0**-exponent])
+    if bool((own > _LONGEST**2).any()):
+        raise ArtifactFormatError(f"{where}: a component of length {float(own.max()) ** 0.5:.3g}; it must be about 1")
     analysis_gain = (weight.double() * (2**quantize.INPUT_BITS / step)).float()
     synthesis_gain = (step / weight.double()).float()
     # Within these bounds no sum over a token's levels leaves float32's range. NaN fails every comparison.
@@ -198,9 +204,9 @@ def level_bias(scale: Tensor, rounding: Tensor, centroid: Tensor) -> Tensor:
     return torch.minimum(wanted, inside).clamp(min=0).to(torch.int32)
 
 
-def _largest_norm(basis: Tensor) -> float:
-    """Largest squared norm of a column."""
+def _squared_norms(basis: Tensor) -> Tensor:
+    """float64 [R], of the columns."""
     total = torch.zeros(basis.shape[1], dtype=torch.float64)
     for rows in basis.split(1024):
         total += rows.float().square().sum(dim=0)
-    return float(total.max()) if len(total) else 0.0
+    return total

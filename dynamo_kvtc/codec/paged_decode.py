@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dynamo_kvtc.codec.headers import HeaderBatch, read_headers
-from dynamo_kvtc.codec.mailbox import Mailbox
 from dynamo_kvtc.codec.paged_encode import workspace_bytes
+from dynamo_kvtc.codec.upload import send
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops import lanes
 from dynamo_kvtc.ops.pages import scatter_exact
@@ -30,6 +30,9 @@ _NEAR = 4096
 _RING = 3
 """Chunks whose records may be on the GPU at once: one being decoded, the others on their way. A call of so many chunks
 or fewer brings them there once; a longer one, for every layer group again."""
+
+_FIRST = 4
+"""The first chunk is a quarter of the largest: the GPU starts on it while the host still reads the others' headers."""
 
 
 @dataclass
@@ -67,10 +70,8 @@ class _Plan:
     arrays: dict[str, NDArray]
 
     @classmethod
-    def of(
-        cls, counts: NDArray[np.int32], slots: NDArray[np.int64], batch: HeaderBatch, own: slice, tokens: slice
-    ) -> _Plan:
-        exact, sound = batch.exact[tokens], batch.status[own] == 0
+    def of(cls, counts: NDArray[np.int32], slots: NDArray[np.int64], batch: HeaderBatch) -> _Plan:
+        exact, sound = batch.exact, batch.status == 0
         block_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         coded = ~exact & sound[block_of]
         per_block = np.bincount(block_of[coded], minlength=len(counts)).astype(np.int32)
@@ -79,7 +80,7 @@ class _Plan:
         index = np.arange(len(kept)) - np.repeat(np.cumsum(exact_of) - exact_of, exact_of)
         arrays = {
             "first": (np.cumsum(per_block) - per_block).astype(np.int32), "counts": per_block,
-            "slots": slots[coded], "positions": batch.positions[tokens][coded],
+            "slots": slots[coded], "positions": batch.positions[coded],
             "exact_block": block_of[kept], "exact_slots": slots[kept], "index": index.astype(np.int32),
             "count": exact_of[block_of[kept]].astype(np.int32),
         }  # fmt: skip
@@ -149,12 +150,11 @@ class Decoder(ABC):
         self._free = [torch.cuda.Event() for _ in range(_RING)] if self._cuda else []
         self._chosen = torch.empty(t, dtype=torch.int64, device=device)
         self._exact_slots = torch.empty(t, dtype=torch.int64, device=device)
-        self._mailbox = Mailbox(device, 4096 + t * (112 + 64 * len(codec.artifact.manifest.groups)))
 
     @property
     def nbytes(self) -> int:
         """Bytes of workspace on the device."""
-        return workspace_bytes(self, self._device) + self._mailbox.nbytes
+        return workspace_bytes(self, self._device)
 
     @abstractmethod
     def _arrays(self, g: int, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
@@ -181,27 +181,28 @@ class Decoder(ABC):
         once = len(chunks) <= _RING
         items = [(g, i, i if once else (g * len(chunks) + i) % _RING) for g in groups for i in range(len(chunks))]
         loads = (self._load(arena, chunks[i], turn) for g, i, turn in items if g == 0 or not once)
-        # What the headers say is checked while the first records are on their way.
         arrived = deque(itertools.islice(loads, _RING))
-        batch = read_headers(arena.numpy(), offsets, sizes, blocks.counts, self._codec.identity)
-        self._check_moved(chunks, sizes, batch)
         host = torch.empty(len(blocks.counts), dtype=torch.int32, pin_memory=self._cuda)
-        host.copy_(torch.from_numpy(batch.status))
         events: list[Any] = []
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             # Taken on the stream that works with it: given back before the GPU is done, it must not go elsewhere.
             status = torch.empty(len(blocks.counts), dtype=torch.int32, device=self._device)
-            status.copy_(host, non_blocking=True)
-            kept: dict[int, Sent] = {}
+            sent: dict[int, Sent] = {}
             for g, i, turn in items:
-                sent = kept.get(i) or self._send(chunks[i], blocks, batch)
-                if once:
-                    kept[i] = sent
+                own = chunks[i].blocks
+                if i not in sent:
+                    batch = read_headers(
+                        arena.numpy(), offsets[own], sizes[own], blocks.counts[own], self._codec.identity
+                    )
+                    self._check_moved(sizes[own], batch)
+                    host[own] = torch.from_numpy(batch.status)
+                    status[own].copy_(host[own], non_blocking=True)
+                    sent[i] = self._send(chunks[i], blocks, batch)
                 if g == 0 or not once:
                     self._wait(arrived.popleft())
-                self._group(g, sent, status[chunks[i].blocks], turn, once)
+                self._group(g, sent[i], status[own], turn, once)
                 arrived.extend(itertools.islice(loads, 1))
                 if i == len(chunks) - 1:
                     events.append(self._event())
@@ -221,7 +222,7 @@ class Decoder(ABC):
     ) -> list[_Chunk]:  # fmt: skip
         """Chunks of whole blocks that fit the workspace. Records that follow each other are copied at once."""
         limits, counts = self._codec.limits, blocks.counts
-        total = len(counts)
+        total, most = len(counts), limits.decode_tokens
         there = (offsets >= 0) & (sizes >= 0) & (offsets <= room - sizes) & (sizes <= limits.record_bytes)
         reach = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         # A record that is not there moves nothing: it counts as lying where the last one that is ends.
@@ -235,7 +236,8 @@ class Decoder(ABC):
         out, start = [], 0
         while start < total:
             end = int(breaks[np.searchsorted(breaks, start, side="right")])
-            end = min(end, int(np.searchsorted(reach, reach[start] + limits.decode_tokens, side="right")) - 1)
+            room_tokens = most if start else max(most // _FIRST, int(counts[0]))
+            end = min(end, int(np.searchsorted(reach, reach[start] + min(most, room_tokens), side="right")) - 1)
             end = min(end, start + int(np.searchsorted(ends[start:end], starts[start] + limits.record_bytes, "right")))
             if end <= start:
                 raise ConfigError(
@@ -247,7 +249,7 @@ class Decoder(ABC):
             start = end
         return out
 
-    def _check_moved(self, chunks: list[_Chunk], sizes: NDArray[np.int64], batch: HeaderBatch) -> None:
+    def _check_moved(self, sizes: NDArray[np.int64], batch: HeaderBatch) -> None:
         """Raises ConfigError for a sound record that is too large to be moved."""
         most = int(sizes[batch.status == 0].max(initial=0))
         if most > self._codec.limits.record_bytes:
@@ -272,29 +274,29 @@ class Decoder(ABC):
 
     def _send(self, chunk: _Chunk, blocks: Blocks, batch: HeaderBatch) -> Sent:
         """What the kernels need to know of a chunk, for all layer groups at once."""
-        codec, own = self._codec, chunk.blocks
-        plan = _Plan.of(blocks.counts[own], blocks.slots.numpy()[chunk.tokens], batch, own, chunk.tokens)
+        codec = self._codec
+        plan = _Plan.of(blocks.counts[chunk.blocks], blocks.slots.numpy()[chunk.tokens], batch)
         rows: list[dict[str, NDArray]] = []
         for g, (start, end) in enumerate(codec.artifact.manifest.groups):
             exact = plan.exact_of * (end - start) * codec.artifact.shape.bytes_per_layer_token
-            where = np.where(plan.sound, batch.sections[own, g, 0] - chunk.start, 0)
-            section = batch.sections[own, g, 1]
+            where = np.where(plan.sound, batch.sections[:, g, 0] - chunk.start, 0)
+            section = batch.sections[:, g, 1]
             short = plan.sound & (section < exact)
             more, base = self._arrays(g, Coded(plan.sound, where, section, exact, plan.arrays["counts"], short))
             rows.append(
                 more | {
-                    "where": where, "section": section, "crc": batch.crc[own, g].view(np.int32),
+                    "where": where, "section": section, "crc": batch.crc[:, g].view(np.int32),
                     "exact_base": base[plan.arrays["exact_block"]],
                 }
             )  # fmt: skip
         stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        sent = self._mailbox.send(plan.arrays | stacked)
-        by_group = {name: sent.pop(name) for name in stacked}
-        angles = codec.rotations.at(sent["positions"])
+        arrays = send(plan.arrays | stacked, self._device)
+        by_group = {name: arrays.pop(name) for name in stacked}
+        angles = codec.rotations.at(arrays["positions"])
         codec.mark("rotations")
         counts = plan.arrays["counts"]
         return Sent(
-            sent, by_group, stacked["section"].max(axis=1, initial=0), len(plan.arrays["slots"]),
+            arrays, by_group, stacked["section"].max(axis=1, initial=0), len(plan.arrays["slots"]),
             len(plan.arrays["exact_slots"]), max(1, int(counts.max())), angles,
         )  # fmt: skip
 

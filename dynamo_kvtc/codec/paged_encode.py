@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dynamo_kvtc.codec.headers import gaps_of, header_bytes_of, write_headers
-from dynamo_kvtc.codec.mailbox import Mailbox
+from dynamo_kvtc.codec.upload import send
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops.checksum import copy_ranges_device
 from dynamo_kvtc.ops.pages import gather_exact
@@ -112,12 +112,11 @@ class Encoder(ABC):
         self._records = torch.empty(codec.limits.record_bytes, dtype=torch.uint8, device=device)
         self._left = torch.cuda.Event() if self._cuda else None
         self._crc = torch.empty(t * len(groups), dtype=torch.int32, device=device)
-        self._mailbox = Mailbox(device, 512 + t * (96 + 48 * len(groups)))
 
     @property
     def nbytes(self) -> int:
         """Bytes of workspace on the device."""
-        return workspace_bytes(self, self._device) + self._mailbox.nbytes
+        return workspace_bytes(self, self._device)
 
     def _sizes(self, of: Tensor, turn: int, blocks: int) -> Tensor:
         """int32 [G, B, 4] in one piece, so that a copy of it does not wait: ``self._measured`` or the host's."""
@@ -186,11 +185,12 @@ class Encoder(ABC):
         codec, n = self._codec, len(asked)
         assert blocks.positions is not None
         first = np.cumsum(counts) - counts
-        sent = self._mailbox.send(
+        sent = send(
             {
                 "slots": blocks.slots[tokens].numpy(), "positions": blocks.positions[tokens].numpy(),
                 "asked": asked.astype(np.uint8), "first": first.astype(np.int32), "counts": counts,
-            }
+            },
+            self._device,
         )  # fmt: skip
         codec.mark("encode")
         cos, sin = codec.rotations.at(sent["positions"])
@@ -274,7 +274,7 @@ class Encoder(ABC):
         index = np.arange(len(kept)) - np.repeat(np.cumsum(per_block) - per_block, per_block)
         slots = blocks.slots[chunk.tokens].numpy()[tokens][kept]
         payloads = sizes[part] - exact_bytes[part]
-        sent = self._mailbox.send(
+        sent = send(
             {
                 "first": (first[part] - begin).astype(np.int32), "counts": counts, "slots": slots,
                 "index": index.astype(np.int32), "count": per_block[block_of].astype(np.int32),
@@ -282,7 +282,8 @@ class Encoder(ABC):
                 "base": base.T.reshape(-1).copy(), "sizes": sizes[part].T.reshape(-1).copy(),
                 "targets": targets[part].T.reshape(-1).copy(),
                 "payload_sizes": payloads.T.copy(),
-            }
+            },
+            self._device,
         )  # fmt: skip
         codec.mark("encode")
         for g, layers in enumerate(self._groups):

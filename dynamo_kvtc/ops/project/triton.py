@@ -17,6 +17,8 @@ TILE = (256, 128, 128, 8, 3)
 32,768: 1,340 TOP/s; 128 x 256 within 3%)."""
 SMALL_TILE = (128, 64, 128, 4, 4)
 """For few tokens, so that every multiprocessor has a tile."""
+_BUSY = 0.75
+"""Share of the multiprocessors' time in rounds of large tiles below which small ones are the better choice."""
 INTERPRETED_TILE = (16, 128, 64, 4, 1)
 _GROUP = 8
 _ELEMENTS = 1024
@@ -237,7 +239,7 @@ def _tile(tokens: int, columns: int, like: Tensor) -> tuple[tuple[int, int, int,
         return tile, 2
     triton.set_allocator(_workspace)
     units = torch.cuda.get_device_properties(like.device).multi_processor_count
-    tile = TILE
-    if triton.cdiv(tokens, TILE[0]) * triton.cdiv(columns, TILE[1]) < 2 * units:
-        tile = SMALL_TILE
+    tiles = triton.cdiv(tokens, TILE[0]) * triton.cdiv(columns, TILE[1])
+    busy = tiles / (triton.cdiv(tiles, units) * units)
+    tile = TILE if busy > _BUSY else SMALL_TILE
     return tile, min(units, triton.cdiv(tokens, tile[0]) * triton.cdiv(columns, tile[1]))
