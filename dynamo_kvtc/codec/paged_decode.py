@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _NEAR = 4096
 """Bytes: gaps between records up to this are copied along."""
 
-_RING = 3
+RING = 3
 """Chunks whose records may be on the GPU at once: one being decoded, the others on their way. A call of so many chunks
 or fewer brings them there once; a longer one, for every layer group again."""
 
@@ -146,8 +146,8 @@ class Decoder(ABC):
         t = codec.limits.decode_tokens
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._copies = torch.cuda.Stream(device) if self._cuda else None
-        self._ring = [torch.empty(codec.limits.record_bytes, dtype=torch.uint8, device=device) for _ in range(_RING)]
-        self._free = [torch.cuda.Event() for _ in range(_RING)] if self._cuda else []
+        self._ring = [torch.empty(codec.limits.record_bytes, dtype=torch.uint8, device=device) for _ in range(RING)]
+        self._free = [torch.cuda.Event() for _ in range(RING)] if self._cuda else []
         self._chosen = torch.empty(t, dtype=torch.int64, device=device)
         self._exact_slots = torch.empty(t, dtype=torch.int64, device=device)
 
@@ -162,14 +162,16 @@ class Decoder(ABC):
         in what ``_receive`` returns, even numbers."""
 
     @abstractmethod
-    def _receive(self, g: int, ring: Tensor, sent: Sent, status: Tensor, together: bool) -> Tensor:
+    def _receive(self, g: int, turn: int, sent: Sent, status: Tensor, together: bool) -> Tensor:
         """Blocks whose section is not what its checksum says get a status; returns the memory to read sections from.
+
+        turn: where in the ring the records are.
 
         together: the records stay in the ring until all layer groups are done, so those after g may be seen to, too.
         """
 
     @abstractmethod
-    def _coded(self, g: int, ring: Tensor, sent: Sent, status: Tensor) -> None:
+    def _coded(self, g: int, turn: int, sent: Sent, status: Tensor) -> None:
         """Coded tokens of a chunk into the pages. Blocks found bad get a status, and those that have one write
         nothing."""
 
@@ -178,10 +180,10 @@ class Decoder(ABC):
     ) -> Restore:  # fmt: skip
         groups = range(len(self._codec.artifact.manifest.groups))
         chunks = self._chunks(len(arena), offsets, sizes, blocks)
-        once = len(chunks) <= _RING
-        items = [(g, i, i if once else (g * len(chunks) + i) % _RING) for g in groups for i in range(len(chunks))]
+        once = len(chunks) <= RING
+        items = [(g, i, i if once else (g * len(chunks) + i) % RING) for g in groups for i in range(len(chunks))]
         loads = (self._load(arena, chunks[i], turn) for g, i, turn in items if g == 0 or not once)
-        arrived = deque(itertools.islice(loads, _RING))
+        arrived = deque(itertools.islice(loads, RING))
         host = torch.empty(len(blocks.counts), dtype=torch.int32, pin_memory=self._cuda)
         events: list[Any] = []
         if self._stream is not None:
@@ -302,11 +304,11 @@ class Decoder(ABC):
 
     def _group(self, g: int, sent: Sent, status: Tensor, turn: int, together: bool) -> None:
         """One layer group of one chunk, whose records are in the ring."""
-        codec, ring = self._codec, self._ring[turn]
-        source = self._receive(g, ring, sent, status, together)
+        codec = self._codec
+        source = self._receive(g, turn, sent, status, together)
         codec.mark("checksum")
         if sent.coded:
-            self._coded(g, ring, sent, status)
+            self._coded(g, turn, sent, status)
         if sent.exact:
             arrays, chosen = sent.of(g), self._exact_slots[: sent.exact]
             lanes.select(status, arrays["exact_block"], arrays["exact_slots"], chosen)

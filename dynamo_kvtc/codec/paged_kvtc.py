@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynamo_kvtc.codec.kvtc_point import WIDE_STEP
 from dynamo_kvtc.codec.lanes import FINENESS_STRIDE, HEAD, OFFSET_CLASSES, OFFSET_NEUTRAL
-from dynamo_kvtc.codec.paged_decode import Coded, Decoder, Sent
+from dynamo_kvtc.codec.paged_decode import RING, Coded, Decoder, Sent
 from dynamo_kvtc.codec.paged_encode import EncodeChunk, Encoder
 from dynamo_kvtc.codec.paged_groups import PagedPoint, operand
 from dynamo_kvtc.errors import ConfigError
@@ -115,18 +115,19 @@ class KvtcDecoder(Decoder):
         self._wide = [operand(t, g.wide, torch.float16, device) for g in point.groups]
         groups = len(point.groups)
         self._sums = torch.empty(groups * t, dtype=torch.int32, device=device)
-        self._starts = torch.empty(groups, t * self._lanes, dtype=torch.int64, device=device)
-        self._lengths = torch.empty(groups, t * self._lanes, dtype=torch.int32, device=device)
+        self._starts = torch.empty(RING, groups, t * self._lanes, dtype=torch.int64, device=device)
+        self._lengths = torch.empty(RING, groups, t * self._lanes, dtype=torch.int32, device=device)
         self._bad = torch.empty(t * self._lanes, dtype=torch.int32, device=device)
-        self._factors = torch.empty(groups, t, dtype=torch.float32, device=device)
-        self._offsets = torch.empty(groups, t, dtype=torch.int8, device=device)
+        self._factors = torch.empty(RING, groups, t, dtype=torch.float32, device=device)
+        self._offsets = torch.empty(RING, groups, t, dtype=torch.int8, device=device)
 
     def _arrays(self, g: int, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
         room = np.where(coded.short, 1, coded.section - coded.exact)
         return {"payload": coded.where + coded.exact, "room": room}, coded.where
 
-    def _receive(self, g: int, ring: Tensor, sent: Sent, status: Tensor, together: bool) -> Tensor:
+    def _receive(self, g: int, turn: int, sent: Sent, status: Tensor, together: bool) -> Tensor:
         # All layer groups at once, if they are there: a small call is made of launches.
+        ring = self._ring[turn]
         if together and g:
             return ring
         own = slice(0, len(self._point.groups)) if together else slice(g, g + 1)
@@ -137,15 +138,17 @@ class KvtcDecoder(Decoder):
         )
         lanes.read(
             ring, arrays["payload"], arrays["room"], sums, arrays["crc"], sent.arrays["first"], sent.arrays["counts"],
-            status, self._point.shrink, self._starts[own], self._lengths[own], self._factors[own], self._offsets[own],
-            self._lanes, sent.longest, OFFSET_NEUTRAL, OFFSET_CLASSES, quantize.FINENESS_LEVELS - 1,
+            status, self._point.shrink, self._starts[turn, own], self._lengths[turn, own], self._factors[turn, own],
+            self._offsets[turn, own], self._lanes, sent.longest, OFFSET_NEUTRAL, OFFSET_CLASSES,
+            quantize.FINENESS_LEVELS - 1,
         )  # fmt: skip
         return ring
 
-    def _coded(self, g: int, ring: Tensor, sent: Sent, status: Tensor) -> None:
+    def _coded(self, g: int, turn: int, sent: Sent, status: Tensor) -> None:
         codec, point, split, group, n = self._codec, self._point, self._lanes, self._point.groups[g], sent.coded
-        starts, lengths, bad = (x[: n * split] for x in (self._starts[g], self._lengths[g], self._bad))
-        factors, offsets = self._factors[g, :n], self._offsets[g, :n]
+        starts, lengths = self._starts[turn, g, : n * split], self._lengths[turn, g, : n * split]
+        factors, offsets, bad = self._factors[turn, g, :n], self._offsets[turn, g, :n], self._bad[: n * split]
+        ring = self._ring[turn]
         narrow, wide = self._narrow[g][:n], self._wide[g][:n]
         words = ring[: len(ring) // 2 * 2].view(torch.int16)
         rans.decode_levels_device(

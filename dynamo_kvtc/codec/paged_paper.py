@@ -206,8 +206,8 @@ class PaperDecoder(Decoder):
         }  # fmt: skip
         return arrays, start
 
-    def _receive(self, g: int, ring: Tensor, sent: Sent, status: Tensor, together: bool) -> Tensor:
-        arrays = sent.of(g)
+    def _receive(self, g: int, turn: int, sent: Sent, status: Tensor, together: bool) -> Tensor:
+        arrays, ring = sent.of(g), self._ring[turn]
         sums = self._sums[: len(status)]
         copy_ranges_device(
             ring, arrays["where"], arrays["section"], self._aligned, arrays["start"], sums, int(sent.most[g])
@@ -216,7 +216,7 @@ class PaperDecoder(Decoder):
         status.copy_(torch.where(status == 0, arrays["wrong"], status))
         return self._aligned
 
-    def _coded(self, g: int, ring: Tensor, sent: Sent, status: Tensor) -> None:
+    def _coded(self, g: int, turn: int, sent: Sent, status: Tensor) -> None:
         codec, group, n, most, arrays = self._codec, self._point.groups[g], sent.coded, sent.longest, sent.of(g)
         blocks, width, starts = len(status), group.width, arrays["tokens"]
         # What its checksum or its size gives away is never shown to nvCOMP, which promises nothing about such bytes.

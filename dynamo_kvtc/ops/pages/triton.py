@@ -79,9 +79,10 @@ def _pairing(d, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
         partner = tl.where(first, d + 1, d - 1)
         pair = d // 2
     else:
+        # Remainders, not cases: so neighbours are known to be neighbours, and come in one load. Wrong beyond 2 PAIRS.
         first = d < PAIRS
-        partner = tl.where(first, d + PAIRS, d - PAIRS)
-        pair = tl.where(first, d, d - PAIRS)
+        partner = (d + PAIRS) % (2 * PAIRS)
+        pair = d % PAIRS
     return partner, pair, first
 
 
@@ -96,6 +97,7 @@ def _gather_part(
     in_d = d < D
     readable = there[:, None] & in_d[None, :]
     writable = in_t[:, None] & in_d[None, :]
+    in_columns = tl.broadcast_to(in_d[None, :], (BLOCK_T, BLOCK_D))
     if KEYS:
         turned = d < 2 * PAIRS
         partner, pair, first = _pairing(d, PAIRS, INTERLEAVED)
@@ -117,25 +119,26 @@ def _gather_part(
             other = tl.load(at + partner[None, :], mask=readable & turned[None, :], other=0)
             rotated = (x * c + _to_float(other, KIND) * s) * scale
             x = tl.where(turned[None, :], rotated, x)
-        channel = layer_channel + head * D + d
-        g = (x - tl.load(mean + channel, mask=in_d, other=0.0)[None, :]) * tl.load(
-            gain + channel, mask=in_d, other=0.0
-        )[None, :]
+        # Each thread looks up its own columns: sharing what one thread loaded would cost barriers.
+        channel = tl.broadcast_to((layer_channel + head * D + d)[None, :], (BLOCK_T, BLOCK_D))
+        g = (x - tl.load(mean + channel, mask=in_columns, other=0.0)) * tl.load(
+            gain + channel, mask=in_columns, other=0.0
+        )
         size = g.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         g = tl.where(size > _INF_BITS, 0.0, g)
         worst = tl.maximum(worst, tl.where(in_d[None, :], size, 0))
         g = tl.minimum(tl.maximum(g, -_LIMIT), _LIMIT)
         f = (g + _MAGIC).to(tl.int32, bitcast=True) - _MAGIC_BITS
         squares += (f * f).to(tl.uint32)
-        to_low = low + t[:, None] * ld_low + channel[None, :]
+        to_low = low + t[:, None] * ld_low + channel
         if tl.load(wide_heads + layer_channel // D + head) != 0:
-            w = tl.load(wide_slot + channel, mask=in_d, other=-1)
+            w = tl.load(wide_slot + channel, mask=in_columns, other=-1)
             is_wide = (w >= 0) & (w < wide)
             narrow = tl.minimum(tl.maximum(f, -_NARROW), _NARROW)
             # int8 keeps the lower byte.
-            tl.store(to_low, tl.where(is_wide[None, :], f, narrow).to(tl.int8), mask=writable)
-            to_high = high + t[:, None] * ld_high + w[None, :]
-            tl.store(to_high, ((f + 128) >> 8).to(tl.int8), mask=writable & is_wide[None, :])
+            tl.store(to_low, tl.where(is_wide, f, narrow).to(tl.int8), mask=writable)
+            to_high = high + t[:, None] * ld_high + w
+            tl.store(to_high, ((f + 128) >> 8).to(tl.int8), mask=writable & is_wide)
         else:
             tl.store(to_low, tl.minimum(tl.maximum(f, -_NARROW), _NARROW).to(tl.int8), mask=writable)
     tl.atomic_add(energy + t, tl.sum(squares.to(tl.int64), axis=1), mask=in_t, sem="relaxed")
