@@ -1,0 +1,118 @@
+"""Which record lies where in the file, in SQLite: the one door to it. A row a record; a commit is on the disk.
+
+Rows are numbered in the order they come and keys have no index (the store holds them in memory), so a commit touches few
+pages. Write-ahead log, synchronous=FULL: a commit is one fsync, and a killed process or a power cut leaves the last
+commit. One connection, one user at a time.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Row:
+    """places: (start, length) in units of the data file; crc: over key and record; used: larger is more recent."""
+
+    id: int
+    key: bytes
+    nbytes: int
+    crc: int
+    used: int
+    places: list[tuple[int, int]]
+
+
+class Index:
+    """Raises sqlite3.Error throughout. index_bytes: cap of the database; wal_bytes: cap of its log."""
+
+    def __init__(self, path: Path, index_bytes: int, wal_bytes: int) -> None:
+        self.path = path
+        self._wal = path.with_name(f"{path.name}-wal")
+        self._wal_bytes = wal_bytes
+        self._cap_pages = index_bytes // PAGE_BYTES
+        self.rows_per_commit = wal_bytes // 2 // PAGE_BYTES
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=1)
+        try:
+            for pragma in (
+                f"page_size={PAGE_BYTES}", "locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL",
+                "secure_delete=OFF", "wal_autocheckpoint=0", "temp_store=MEMORY", "mmap_size=0",
+                f"max_page_count={self._cap_pages}",
+            ):  # fmt: skip
+                self._db.execute(f"PRAGMA {pragma}").fetchall()
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS records (id INTEGER PRIMARY KEY, key BLOB NOT NULL, nbytes INTEGER NOT NULL, "
+                "crc INTEGER NOT NULL, used INTEGER NOT NULL, places BLOB NOT NULL)"
+            )
+            self._checkpoint()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def rows(self) -> list[Row]:
+        """All, the least recently used first; what is not a row of ours is left out."""
+        out = []
+        for number, key, nbytes, crc, used, places in self._db.execute("SELECT * FROM records ORDER BY used, id"):
+            ints = all(isinstance(x, int) and 0 <= x < 1 << 62 for x in (number, nbytes, crc, used))
+            if ints and isinstance(key, bytes) and isinstance(places, bytes) and places and len(places) % 8 == 0:
+                flat = struct.unpack(f"<{len(places) // 4}I", places)
+                out.append(Row(number, key, nbytes, crc, used, list(zip(flat[::2], flat[1::2], strict=True))))
+        return out
+
+    def keep_only(self, ids: Iterable[int]) -> None:
+        """Deletes every other row."""
+        kept = set(ids)
+        gone = [number for (number,) in self._db.execute("SELECT id FROM records") if number not in kept]
+        for i in range(0, len(gone), self.rows_per_commit):
+            self.commit((), gone[i : i + self.rows_per_commit], ())
+
+    def commit(self, puts: Iterable[Row], deletes: Iterable[int], touches: Iterable[tuple[int, int]]) -> None:
+        """All of it or nothing, on the disk. touches: (used, id). At most ``rows_per_commit`` of all three together."""
+        db = self._db
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            db.executemany("DELETE FROM records WHERE id = ?", [(number,) for number in deletes])
+            db.executemany("UPDATE records SET used = ? WHERE id = ?", touches)
+            db.executemany(
+                "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (r.id, r.key, r.nbytes, r.crc, r.used, struct.pack(f"<{2 * len(r.places)}I", *sum(r.places, ())))
+                    for r in puts
+                ],
+            )
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        if self._wal.stat().st_size > self._wal_bytes // 2:
+            self._checkpoint()
+
+    def crowded(self) -> bool:
+        """Whether the database is about to reach its cap."""
+        return self._pages() * 8 > self._cap_pages * 7
+
+    def used_bytes(self) -> int:
+        """Of the disk: database and log."""
+        return sum(p.stat().st_blocks * 512 for p in (self.path, self._wal) if p.exists())
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _pages(self) -> int:
+        (count,), (spare,) = (self._db.execute(f"PRAGMA {p}").fetchone() for p in ("page_count", "freelist_count"))
+        return count - spare
+
+    def _checkpoint(self) -> None:
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+def forget(path: Path) -> None:
+    """Deletes an index that cannot be read."""
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)

@@ -1,0 +1,287 @@
+"""The disk tier's writer: one thread between the queue of puts and the disk.
+
+A turn takes what waits (a few MiB at most), evicts if need be, writes and syncs the records, and only then commits their
+rows: a row that can be found has its bytes behind it. Room is given back only after the rows that named it are gone.
+Should an error break that order, the checksum over key and record still tells: what does not agree is not served.
+"""
+
+from __future__ import annotations
+
+import binascii
+import errno
+import logging
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from dynamo_kvtc.store.disk_file import DataFile
+from dynamo_kvtc.store.disk_index import Index, Row
+from dynamo_kvtc.store.extents import NONE
+from dynamo_kvtc.store.shelf import Shelf
+
+BATCH_BYTES = 8 << 20
+TOUCHES_KEPT = 1 << 16
+FAILURES_TO_REFUSE = 3
+MAX_REFUSE_SECONDS = 60.0
+
+log = logging.getLogger(__name__)
+Told = Callable[[bytes], None]
+
+
+@dataclass
+class Flush:
+    """done is set once everything queued before it was tried; ok: all of it is on the disk."""
+
+    upto: int
+    done: threading.Event = field(default_factory=threading.Event)
+    ok: bool = True
+
+
+class Queue:
+    """What readers, callers and the writer share, under ``lock``: the shelf, and what waits to be written."""
+
+    def __init__(self, shelf: Shelf, queue_bytes: int) -> None:
+        self.lock = threading.Condition()
+        self.shelf = shelf
+        self.ids: dict[int, int] = {}
+        self.crcs: dict[int, int] = {}
+        self.pending: dict[bytes, tuple[int, bytes]] = {}
+        self.pending_bytes = 0
+        self.queue_bytes = queue_bytes
+        self.gone: list[int] = []
+        self.touched: dict[int, int] = {}
+        self.flushes: list[Flush] = []
+        self.clock = self.sequence = 0
+        self.refuse_until = 0.0
+        self.closing = False
+        self.stop_at = 0.0
+        self.index_bytes = 0
+        self.counts: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+
+    def mark_used(self, slot: int) -> None:
+        self.clock += 1
+        self.shelf.use(slot)
+        if len(self.touched) < TOUCHES_KEPT or slot in self.touched:
+            self.touched[slot] = self.clock
+
+    def drop(self, slot: int) -> None:
+        """It cannot be found; its room is the writer's to give back."""
+        self.touched.pop(slot, None)
+        self.shelf.drop(slot)
+        self.gone.append(slot)
+
+    def error(self, kind: str) -> None:
+        self.errors[kind] += 1
+
+
+class Writer:
+    def __init__(self, queue: Queue, data: DataFile, index: Index, stored: Told, evicted: Told, lost: Told) -> None:
+        """stored, evicted, lost: called with a key outside the lock; lost: accepted, but it could not be written."""
+        self.queue, self.data, self.index = queue, data, index
+        self._stored, self._evicted, self._lost = stored, evicted, lost
+        self._failures = 0
+        self._batch_bytes = min(BATCH_BYTES, shelf_bytes(queue.shelf) // 8)
+        self._rows = max(1, index.rows_per_commit // 3)
+        self.thread = threading.Thread(target=self._run, daemon=True, name="kvtc-write")
+        self.thread.start()
+
+    def _run(self) -> None:
+        q = self.queue
+        while True:
+            with q.lock:
+                q.lock.wait_for(lambda: q.pending or q.gone or q.flushes or q.closing)
+                if q.closing and (time.monotonic() > q.stop_at or not (q.pending or q.gone or q.flushes)):
+                    break
+                batch = self._next_batch()
+                flushes, q.flushes = q.flushes, []
+            lost: list[bytes] = []
+            try:
+                self._turn(batch, lost, bool(flushes))
+            except Exception as exc:  # whatever it is: the engine must not stop over a disk
+                log.exception("the disk tier's writer failed")
+                with q.lock:
+                    q.error(f"writer_{type(exc).__name__}")
+            self._end_turn(batch, flushes, lost)
+            for key in lost:
+                self._lost(key)
+
+    def _next_batch(self) -> list[tuple[bytes, int, bytes]]:
+        batch: list[tuple[bytes, int, bytes]] = []
+        size = 0
+        for key, (number, record) in self.queue.pending.items():
+            size += len(record)
+            if batch and (size > self._batch_bytes or len(batch) >= self._rows):
+                break
+            batch.append((key, number, record))
+        return batch
+
+    def _turn(self, batch: Sequence[tuple[bytes, int, bytes]], lost: list[bytes], all_touches: bool) -> None:
+        q = self.queue
+        with q.lock:
+            gone, q.gone = q.gone, []
+        self._delete(gone)
+        slots = []
+        for _, _, record in batch:
+            slots.append(self._room(len(record), batch))
+        try:
+            rows = self._write(batch, slots)
+            while True:
+                with q.lock:
+                    some = [s for s in list(q.touched)[: self._rows] if s in q.ids]
+                    touches = [(q.touched[s], q.ids[s]) for s in some]
+                    q.touched = {} if len(q.touched) <= self._rows else dict(list(q.touched.items())[self._rows :])
+                if rows or touches:
+                    self.index.commit(rows, (), touches)
+                if rows:
+                    self._shelve(batch, slots, rows, lost)
+                rows = []
+                if not all_touches or not touches:
+                    break
+            self._failures = 0
+        except (OSError, sqlite3.Error) as exc:
+            self._fail(exc, [s for s in slots if s != NONE and s not in q.ids])
+            lost.extend(key for key, _, _ in batch if not self._on_disk(key))
+            return
+        lost.extend(key for (key, _, _), slot in zip(batch, slots, strict=True) if slot == NONE)
+
+    def _write(self, batch: Sequence[tuple[bytes, int, bytes]], slots: Sequence[int]) -> list[Row]:
+        q, rows = self.queue, []
+        for (key, _, record), slot in zip(batch, slots, strict=True):
+            if slot == NONE:
+                continue
+            with q.lock:
+                q.clock += 1
+                places, now = q.shelf.places(slot), q.clock
+            view, at = memoryview(record), 0
+            for offset, length in places:
+                self.data.write(offset, view[at : at + length])
+                at += length
+            crc, unit = binascii.crc32(record, binascii.crc32(key)), q.shelf.unit_bytes
+            rows.append(Row(now, key, len(record), crc, now, [(o // unit, n // unit) for o, n in places]))
+        if rows:
+            self.data.sync()
+        return rows
+
+    def _shelve(
+        self, batch: Sequence[tuple[bytes, int, bytes]], slots: Sequence[int], rows: Sequence[Row], lost: list[bytes]
+    ) -> None:
+        """What is on the disk can be found, and is announced."""
+        q, stored = self.queue, []
+        written = {row.key: row for row in rows}
+        with q.lock:
+            for (key, number, _), slot in zip(batch, slots, strict=True):
+                if slot == NONE:
+                    continue
+                row = written[key]
+                q.ids[slot], q.crcs[slot] = row.id, row.crc
+                q.shelf.name(slot, key)
+                q.shelf.unpin(slot)
+                if q.pending.get(key, (-1,))[0] != number:
+                    q.drop(slot)  # removed while it was written
+                else:
+                    stored.append(key)
+                    q.pending_bytes -= len(q.pending.pop(key)[1])
+        for key in stored:
+            self._stored(key)
+
+    def _room(self, nbytes: int, batch: Sequence[tuple[bytes, int, bytes]]) -> int:
+        """A slot; evicts, somewhat ahead, so that not every turn does."""
+        q, blocks = self.queue, self.queue.shelf.extents
+        units = q.shelf.units(nbytes)
+        goal = units
+        for _ in range(8):
+            with q.lock:
+                slot = NONE if self._crowded() else q.shelf.take(nbytes)
+                if slot != NONE:
+                    return slot
+                # The next try frees more: holes may be too small for a record in so many parts, or still read from.
+                goal = max(goal * 2, sum(q.shelf.units(len(r)) for _, _, r in batch), blocks.units // 64)
+                victims, room = [], 0
+                while room < goal and (victim := q.shelf.oldest()) != NONE:
+                    victims.append((victim, q.shelf.keys[victim]))
+                    room += sum(n for _, n in q.shelf.places(victim)) // q.shelf.unit_bytes
+                    q.touched.pop(victim, None)
+                    q.shelf.drop(victim)
+                q.counts["evictions"] += len(victims)
+            if not victims:
+                break
+            self._delete([slot for slot, _ in victims])
+            for _, key in victims:
+                assert key is not None
+                self._evicted(key)
+        with q.lock:
+            q.error("no_room")
+        return NONE
+
+    def _crowded(self) -> bool:
+        try:
+            return self.index.crowded()
+        except sqlite3.Error:
+            return False
+
+    def _delete(self, slots: Sequence[int]) -> None:
+        """Rows first, then their room."""
+        q = self.queue
+        for i in range(0, len(slots), self._rows):
+            some = slots[i : i + self._rows]
+            try:
+                self.index.commit((), [q.ids[slot] for slot in some], ())
+            except (OSError, sqlite3.Error) as exc:
+                self._fail(exc, ())
+            with q.lock:
+                for slot in some:
+                    del q.ids[slot], q.crcs[slot]
+                    q.shelf.unpin(slot)
+
+    def _fail(self, exc: Exception, slots: Sequence[int]) -> None:
+        self._failures += 1
+        kind = f"write_{error_name(exc)}"
+        with self.queue.lock:
+            if not self.queue.errors[kind]:
+                log.warning("the disk tier cannot write: %s", exc)
+            self.queue.error(kind)
+            for slot in slots:
+                self.queue.shelf.unpin(slot)
+            if self._failures >= FAILURES_TO_REFUSE:
+                wait = min(MAX_REFUSE_SECONDS, 2.0 ** (self._failures - FAILURES_TO_REFUSE))
+                self.queue.refuse_until = time.monotonic() + wait
+
+    def _on_disk(self, key: bytes) -> bool:
+        with self.queue.lock:
+            return key in self.queue.shelf.slots
+
+    def _end_turn(
+        self, batch: Sequence[tuple[bytes, int, bytes]], flushes: Sequence[Flush], lost: Sequence[bytes]
+    ) -> None:
+        q = self.queue
+        with q.lock:
+            for key, number, record in batch:  # what was not written is given up
+                if q.pending.get(key, (-1,))[0] == number:
+                    del q.pending[key]
+                    q.pending_bytes -= len(record)
+            first = next(iter(q.pending.values()), (q.sequence + 1,))[0]
+            for flush in flushes:
+                flush.ok &= not lost
+                if flush.upto < first and not q.gone:
+                    flush.done.set()
+                else:
+                    q.flushes.append(flush)
+            try:
+                q.index_bytes = self.index.used_bytes()
+            except OSError as exc:
+                q.error(f"index_{error_name(exc)}")
+
+
+def shelf_bytes(shelf: Shelf) -> int:
+    return shelf.extents.units * shelf.unit_bytes
+
+
+def error_name(exc: BaseException) -> str:
+    """"ENOSPC", "SQLITE_FULL": a kind to count by."""
+    if isinstance(exc, OSError):
+        return errno.errorcode.get(exc.errno or 0, type(exc).__name__)
+    return getattr(exc, "sqlite_errorname", type(exc).__name__)
