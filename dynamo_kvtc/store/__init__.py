@@ -14,6 +14,7 @@ To add a store: a subclass of ``Store``, and a line in ``tests/store/stores.py``
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,10 +51,8 @@ class Lease:
     def release(self) -> None:
         """Again is no error."""
         done, self._done, self._waste = self._done, None, None
-        try:
+        with contextlib.suppress(BufferError):  # a view over it is alive: see above
             self.record.release()
-        except BufferError:
-            pass  # a view over it is alive: see above
         if done is not None:
             done(self._slot)
 

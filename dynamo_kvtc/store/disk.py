@@ -19,7 +19,6 @@ from __future__ import annotations
 import binascii
 import logging
 import os
-import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -187,6 +186,8 @@ class DiskStore(Store):
         """True: all that was put or removed before is on the disk, uses too. False: not in time, or not all of it."""
         q = self._queue
         with q.lock:
+            if q.closing:
+                return not q.pending
             flush = Flush(q.sequence)
             q.flushes.append(flush)
             q.lock.notify()
@@ -220,7 +221,7 @@ class DiskStore(Store):
             return False
         try:
             self._index.close()
-        except sqlite3.Error as exc:
+        except OSError as exc:
             q.error(f"index_{error_name(exc)}")
             flushed = False
         self._data.close()
@@ -269,18 +270,18 @@ class DiskStore(Store):
                 slots = q.shelf.adopt([(r.key, r.nbytes, r.places) for r in rows])
                 index.keep_only(r.id for r, slot in zip(rows, slots, strict=True) if slot != NONE)
                 if index.crowded() and not rows:
-                    raise sqlite3.DatabaseError("larger than its cap")
+                    raise OSError("the index is larger than its cap")
             except BaseException:
                 index.close()
                 raise
-        except sqlite3.Error as exc:
+        except OSError as exc:
             log.warning("%s cannot be read (%s): the disk tier starts empty", path, exc)
             q.error("index_damaged")
             q.shelf.adopt([])
             try:
                 forget(path)
                 return Index(path, index_bytes, wal_bytes)
-            except (OSError, sqlite3.Error) as again:
+            except OSError as again:
                 raise ConfigError(f"{path}: {again}; empty the folder or name another") from again
         for row, slot in zip(rows, slots, strict=True):
             if slot != NONE:

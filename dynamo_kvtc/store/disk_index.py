@@ -1,15 +1,16 @@
 """Which record lies where in the file, in SQLite: the one door to it. A row a record; a commit is on the disk.
 
-Rows are numbered in the order they come and keys have no index (the store holds them in memory), so a commit touches few
-pages. Write-ahead log, synchronous=FULL: a commit is one fsync, and a killed process or a power cut leaves the last
+Rows are numbered in the order they come and keys have no index (the store holds them in memory), so a commit touches
+few pages. Write-ahead log, synchronous=FULL: a commit is one fsync, and a killed process or a power cut leaves the last
 commit. One connection, one user at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +29,26 @@ class Row:
     places: list[tuple[int, int]]
 
 
-class Index:
-    """Raises sqlite3.Error throughout. index_bytes: cap of the database; wal_bytes: cap of its log."""
+class IndexFailure(OSError):
+    """What SQLite said; kind: its name for it, "SQLITE_FULL"."""
 
+    def __init__(self, exc: sqlite3.Error) -> None:
+        super().__init__(str(exc))
+        self.kind = getattr(exc, "sqlite_errorname", type(exc).__name__)
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as exc:
+        raise IndexFailure(exc) from exc
+
+
+class Index:
+    """Raises IndexFailure and other OSErrors throughout. index_bytes, wal_bytes: caps of the database and its log."""
+
+    @_translated()
     def __init__(self, path: Path, index_bytes: int, wal_bytes: int) -> None:
         self.path = path
         self._wal = path.with_name(f"{path.name}-wal")
@@ -46,14 +64,15 @@ class Index:
             ):  # fmt: skip
                 self._db.execute(f"PRAGMA {pragma}").fetchall()
             self._db.execute(
-                "CREATE TABLE IF NOT EXISTS records (id INTEGER PRIMARY KEY, key BLOB NOT NULL, nbytes INTEGER NOT NULL, "
-                "crc INTEGER NOT NULL, used INTEGER NOT NULL, places BLOB NOT NULL)"
+                "CREATE TABLE IF NOT EXISTS records (id INTEGER PRIMARY KEY, key BLOB NOT NULL, "
+                "nbytes INTEGER NOT NULL, crc INTEGER NOT NULL, used INTEGER NOT NULL, places BLOB NOT NULL)"
             )
             self._checkpoint()
         except BaseException:
             self._db.close()
             raise
 
+    @_translated()
     def rows(self) -> list[Row]:
         """All, the least recently used first; what is not a row of ours is left out."""
         out = []
@@ -64,6 +83,7 @@ class Index:
                 out.append(Row(number, key, nbytes, crc, used, list(zip(flat[::2], flat[1::2], strict=True))))
         return out
 
+    @_translated()
     def keep_only(self, ids: Iterable[int]) -> None:
         """Deletes every other row."""
         kept = set(ids)
@@ -71,6 +91,7 @@ class Index:
         for i in range(0, len(gone), self.rows_per_commit):
             self.commit((), gone[i : i + self.rows_per_commit], ())
 
+    @_translated()
     def commit(self, puts: Iterable[Row], deletes: Iterable[int], touches: Iterable[tuple[int, int]]) -> None:
         """All of it or nothing, on the disk. touches: (used, id). At most ``rows_per_commit`` of all three together."""
         db = self._db
@@ -93,6 +114,7 @@ class Index:
         if self._wal.stat().st_size > self._wal_bytes // 2:
             self._checkpoint()
 
+    @_translated()
     def crowded(self) -> bool:
         """Whether the database is about to reach its cap."""
         return self._pages() * 8 > self._cap_pages * 7
@@ -101,6 +123,7 @@ class Index:
         """Of the disk: database and log."""
         return sum(p.stat().st_blocks * 512 for p in (self.path, self._wal) if p.exists())
 
+    @_translated()
     def close(self) -> None:
         self._db.close()
 

@@ -1,8 +1,8 @@
 """The disk tier's writer: one thread between the queue of puts and the disk.
 
-A turn takes what waits (a few MiB at most), evicts if need be, writes and syncs the records, and only then commits their
-rows: a row that can be found has its bytes behind it. Room is given back only after the rows that named it are gone.
-Should an error break that order, the checksum over key and record still tells: what does not agree is not served.
+A turn takes what waits (a few MiB at most), evicts if need be, writes and syncs the records, and only then commits
+their rows: a row that can be found has its bytes behind it. Room is given back only after the rows that named it are
+gone. Should an error break that order, the checksum over key and record still tells: what does not agree is not served.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import binascii
 import errno
 import logging
-import sqlite3
 import threading
 import time
 from collections import Counter
@@ -83,7 +82,7 @@ class Writer:
         """stored, evicted, lost: called with a key outside the lock; lost: accepted, but it could not be written."""
         self.queue, self.data, self.index = queue, data, index
         self._stored, self._evicted, self._lost = stored, evicted, lost
-        self._failures = 0
+        self._failures = self._failed = 0
         self._batch_bytes = min(BATCH_BYTES, shelf_bytes(queue.shelf) // 8)
         self._rows = max(1, index.rows_per_commit // 3)
         self.thread = threading.Thread(target=self._run, daemon=True, name="kvtc-write")
@@ -99,13 +98,9 @@ class Writer:
                 batch = self._next_batch()
                 flushes, q.flushes = q.flushes, []
             lost: list[bytes] = []
-            try:
-                self._turn(batch, lost, bool(flushes))
-            except Exception as exc:  # whatever it is: the engine must not stop over a disk
-                log.exception("the disk tier's writer failed")
-                with q.lock:
-                    q.error(f"writer_{type(exc).__name__}")
-            self._end_turn(batch, flushes, lost)
+            failed = self._failed
+            self._turn(batch, lost, bool(flushes))
+            self._end_turn(batch, flushes, not lost and failed == self._failed)
             for key in lost:
                 self._lost(key)
 
@@ -124,10 +119,10 @@ class Writer:
         with q.lock:
             gone, q.gone = q.gone, []
         self._delete(gone)
-        slots = []
-        for _, _, record in batch:
-            slots.append(self._room(len(record), batch))
+        slots: list[int] = []
         try:
+            for _, _, record in batch:
+                slots.append(self._room(len(record), batch))
             rows = self._write(batch, slots)
             while True:
                 with q.lock:
@@ -137,12 +132,12 @@ class Writer:
                 if rows or touches:
                     self.index.commit(rows, (), touches)
                 if rows:
-                    self._shelve(batch, slots, rows, lost)
+                    self._shelve(batch, slots, rows)
+                    self._failures = 0
                 rows = []
                 if not all_touches or not touches:
                     break
-            self._failures = 0
-        except (OSError, sqlite3.Error) as exc:
+        except Exception as exc:  # whatever it is: the engine must not stop over a disk
             self._fail(exc, [s for s in slots if s != NONE and s not in q.ids])
             lost.extend(key for key, _, _ in batch if not self._on_disk(key))
             return
@@ -166,9 +161,7 @@ class Writer:
             self.data.sync()
         return rows
 
-    def _shelve(
-        self, batch: Sequence[tuple[bytes, int, bytes]], slots: Sequence[int], rows: Sequence[Row], lost: list[bytes]
-    ) -> None:
+    def _shelve(self, batch: Sequence[tuple[bytes, int, bytes]], slots: Sequence[int], rows: Sequence[Row]) -> None:
         """What is on the disk can be found, and is announced."""
         q, stored = self.queue, []
         written = {row.key: row for row in rows}
@@ -220,8 +213,8 @@ class Writer:
     def _crowded(self) -> bool:
         try:
             return self.index.crowded()
-        except sqlite3.Error:
-            return False
+        except OSError:
+            return False  # the commit will say so
 
     def _delete(self, slots: Sequence[int]) -> None:
         """Rows first, then their room."""
@@ -230,7 +223,7 @@ class Writer:
             some = slots[i : i + self._rows]
             try:
                 self.index.commit((), [q.ids[slot] for slot in some], ())
-            except (OSError, sqlite3.Error) as exc:
+            except OSError as exc:
                 self._fail(exc, ())
             with q.lock:
                 for slot in some:
@@ -239,10 +232,11 @@ class Writer:
 
     def _fail(self, exc: Exception, slots: Sequence[int]) -> None:
         self._failures += 1
+        self._failed += 1
         kind = f"write_{error_name(exc)}"
         with self.queue.lock:
             if not self.queue.errors[kind]:
-                log.warning("the disk tier cannot write: %s", exc)
+                log.warning("the disk tier cannot write", exc_info=exc)
             self.queue.error(kind)
             for slot in slots:
                 self.queue.shelf.unpin(slot)
@@ -254,9 +248,7 @@ class Writer:
         with self.queue.lock:
             return key in self.queue.shelf.slots
 
-    def _end_turn(
-        self, batch: Sequence[tuple[bytes, int, bytes]], flushes: Sequence[Flush], lost: Sequence[bytes]
-    ) -> None:
+    def _end_turn(self, batch: Sequence[tuple[bytes, int, bytes]], flushes: Sequence[Flush], ok: bool) -> None:
         q = self.queue
         with q.lock:
             for key, number, record in batch:  # what was not written is given up
@@ -265,8 +257,8 @@ class Writer:
                     q.pending_bytes -= len(record)
             first = next(iter(q.pending.values()), (q.sequence + 1,))[0]
             for flush in flushes:
-                flush.ok &= not lost
-                if flush.upto < first and not q.gone:
+                flush.ok &= ok
+                if flush.upto < first:
                     flush.done.set()
                 else:
                     q.flushes.append(flush)
@@ -281,7 +273,6 @@ def shelf_bytes(shelf: Shelf) -> int:
 
 
 def error_name(exc: BaseException) -> str:
-    """"ENOSPC", "SQLITE_FULL": a kind to count by."""
-    if isinstance(exc, OSError):
-        return errno.errorcode.get(exc.errno or 0, type(exc).__name__)
-    return getattr(exc, "sqlite_errorname", type(exc).__name__)
+    """ "ENOSPC", "SQLITE_FULL": a kind to count by."""
+    number = getattr(exc, "errno", None)
+    return getattr(exc, "kind", None) or errno.errorcode.get(number or 0, type(exc).__name__)

@@ -133,7 +133,9 @@ class HostStore(Store):
         self._closed = False
 
     def put(self, key: bytes, record: Record) -> bool:
+        check_key(key)
         source = memoryview(record).cast("B")
+        check_record_bytes(source.nbytes)
         with self._lock:
             if not self._closed and key in self._shelf.slots:
                 return True

@@ -1,8 +1,8 @@
 """What lies where, how long unused, and who is looking at it: the bookkeeping that host and disk share.
 
 An entry is a slot: the number of its (first) block in ``Extents``. Recency is a linked list through arrays, a key costs
-one place in a dict: see ``bytes an entry`` in the README. Pinned entries are not in the list: the oldest entry is always
-free to go, in O(1). Not thread-safe: its owner has the lock.
+one place in a dict: 190 bytes a record in all, its key of 32 bytes included (measured at a million). Pinned entries are
+not in the list: the oldest entry is always free to go, in O(1). Not thread-safe: its owner has the lock.
 """
 
 from __future__ import annotations
