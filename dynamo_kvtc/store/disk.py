@@ -26,7 +26,7 @@ from pathlib import Path
 
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.store import Lease, OnEvicted, Record, Store, StoreStats, check_key, check_record_bytes
-from dynamo_kvtc.store.disk_file import DATA, INDEX, MIN_BUDGET_BYTES, UNIT_BYTES, DataFile, Folder
+from dynamo_kvtc.store.disk_file import DATA, INDEX, UNIT_BYTES, DataFile, Folder
 from dynamo_kvtc.store.disk_index import Index, forget
 from dynamo_kvtc.store.disk_writer import Flush, Queue, Told, Writer, error_name, shelf_bytes
 from dynamo_kvtc.store.extents import NONE
@@ -67,13 +67,12 @@ class DiskStore(Store):
         index_bytes = max(1 << 20, budget_bytes // 32)
         wal_bytes = max(1 << 20, min(8 << 20, budget_bytes // 64))
         units = (budget_bytes - index_bytes - wal_bytes - _OTHER_BYTES) // UNIT_BYTES
-        if budget_bytes >= MIN_BUDGET_BYTES:
-            shelf = Shelf(units, UNIT_BYTES, MAX_PARTS)
         self._folder = Folder(self.path, budget_bytes)
         try:
+            shelf = Shelf(units, UNIT_BYTES, MAX_PARTS)
             self._data = DataFile(self.path / DATA, units * UNIT_BYTES)
             self._queue = Queue(shelf, queue_bytes)
-            self._index = self._open_index(index_bytes, wal_bytes)
+            index = self._open_index(index_bytes, wal_bytes)
         except BaseException:
             self._folder.unlock()
             raise
@@ -81,7 +80,7 @@ class DiskStore(Store):
         self._closed = False
         self._readers = Readers(readers)
         self._writer = Writer(
-            self._queue, self._data, self._index, lambda key: self._tell(self.on_stored, key),
+            self._queue, self._data, index, lambda key: self._tell(self.on_stored, key),
             lambda key: self._tell(None if self.on_evicted is None else partial(self._evicted_told, lease=None), key),
             lambda key: self._tell(self.on_lost, key),
         )  # fmt: skip
@@ -183,7 +182,8 @@ class DiskStore(Store):
             q.lock.notify()
 
     def flush(self, timeout: float = 10.0) -> bool:
-        """True: all that was put or removed before is on the disk, uses too. False: not in time, or not all of it."""
+        """True: all that was put or removed since the last flush is on the disk, uses too. False: not in time, or not all
+        of it."""
         q = self._queue
         with q.lock:
             if q.closing:
@@ -220,7 +220,7 @@ class DiskStore(Store):
         if self._writer.thread.is_alive() or not ended:
             return False
         try:
-            self._index.close()
+            self._writer.index.close()
         except OSError as exc:
             q.error(f"index_{error_name(exc)}")
             flushed = False

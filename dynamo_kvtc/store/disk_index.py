@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +30,12 @@ class Row:
 
 
 class IndexFailure(OSError):
-    """What SQLite said; kind: its name for it, "SQLITE_FULL"."""
+    """What SQLite said; kind: its name for it, "SQLITE_FULL"; damaged: only a new database will do."""
 
     def __init__(self, exc: sqlite3.Error) -> None:
         super().__init__(str(exc))
         self.kind = getattr(exc, "sqlite_errorname", type(exc).__name__)
+        self.damaged = type(exc) is sqlite3.DatabaseError
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ class Index:
     def __init__(self, path: Path, index_bytes: int, wal_bytes: int) -> None:
         self.path = path
         self._wal = path.with_name(f"{path.name}-wal")
-        self._wal_bytes = wal_bytes
+        self._index_bytes, self._wal_bytes = index_bytes, wal_bytes
         self._cap_pages = index_bytes // PAGE_BYTES
         self.rows_per_commit = wal_bytes // 2 // PAGE_BYTES
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=1)
@@ -118,6 +119,16 @@ class Index:
     def crowded(self) -> bool:
         """Whether the database is about to reach its cap."""
         return self._pages() * 8 > self._cap_pages * 7
+
+    def begun_anew(self, rows: Sequence[Row]) -> Index:
+        """Another in its place, with these rows; this one is closed."""
+        with contextlib.suppress(OSError):
+            self.close()
+        forget(self.path)
+        index = Index(self.path, self._index_bytes, self._wal_bytes)
+        for i in range(0, len(rows), self.rows_per_commit):
+            index.commit(rows[i : i + self.rows_per_commit], (), ())
+        return index
 
     def used_bytes(self) -> int:
         """Of the disk: database and log."""

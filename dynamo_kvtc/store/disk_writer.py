@@ -32,7 +32,7 @@ Told = Callable[[bytes], None]
 
 @dataclass
 class Flush:
-    """done is set once everything queued before it was tried; ok: all of it is on the disk."""
+    """done is set once everything queued before it was tried; ok: nothing was lost since the last."""
 
     upto: int
     done: threading.Event = field(default_factory=threading.Event)
@@ -83,6 +83,7 @@ class Writer:
         self.queue, self.data, self.index = queue, data, index
         self._stored, self._evicted, self._lost = stored, evicted, lost
         self._failures = self._failed = 0
+        self._intact = True
         self._batch_bytes = min(BATCH_BYTES, shelf_bytes(queue.shelf) // 8)
         self._rows = max(1, index.rows_per_commit // 3)
         self.thread = threading.Thread(target=self._run, daemon=True, name="kvtc-write")
@@ -100,7 +101,8 @@ class Writer:
             lost: list[bytes] = []
             failed = self._failed
             self._turn(batch, lost, bool(flushes))
-            self._end_turn(batch, flushes, not lost and failed == self._failed)
+            self._intact &= not lost and failed == self._failed
+            self._end_turn(batch, flushes)
             for key in lost:
                 self._lost(key)
 
@@ -150,13 +152,13 @@ class Writer:
                 continue
             with q.lock:
                 q.clock += 1
-                places, now = q.shelf.places(slot), q.clock
+                places, units, now = q.shelf.places(slot), self._units(slot), q.clock
             view, at = memoryview(record), 0
             for offset, length in places:
                 self.data.write(offset, view[at : at + length])
                 at += length
-            crc, unit = binascii.crc32(record, binascii.crc32(key)), q.shelf.unit_bytes
-            rows.append(Row(now, key, len(record), crc, now, [(o // unit, n // unit) for o, n in places]))
+            crc = binascii.crc32(record, binascii.crc32(key))
+            rows.append(Row(now, key, len(record), crc, now, units))
         if rows:
             self.data.sync()
         return rows
@@ -243,12 +245,34 @@ class Writer:
             if self._failures >= FAILURES_TO_REFUSE:
                 wait = min(MAX_REFUSE_SECONDS, 2.0 ** (self._failures - FAILURES_TO_REFUSE))
                 self.queue.refuse_until = time.monotonic() + wait
+        if getattr(exc, "damaged", False):
+            self._renew_index()
+
+    def _renew_index(self) -> None:
+        """Everything it said is in memory, too."""
+        q, rows = self.queue, []
+        with q.lock:
+            q.error("index_damaged")
+            by_age = q.shelf.by_age()
+            for slot in (*by_age, *(set(q.shelf.slots.values()) - set(by_age))):
+                key = q.shelf.keys[slot]
+                assert key is not None
+                q.clock += 1
+                rows.append(Row(q.ids[slot], key, q.shelf.nbytes[slot], q.crcs[slot], q.clock, self._units(slot)))
+        try:
+            self.index = self.index.begun_anew(rows)
+        except OSError:
+            log.exception("the disk tier's index cannot be begun anew")
+
+    def _units(self, slot: int) -> list[tuple[int, int]]:
+        unit = self.queue.shelf.unit_bytes
+        return [(offset // unit, length // unit) for offset, length in self.queue.shelf.places(slot)]
 
     def _on_disk(self, key: bytes) -> bool:
         with self.queue.lock:
             return key in self.queue.shelf.slots
 
-    def _end_turn(self, batch: Sequence[tuple[bytes, int, bytes]], flushes: Sequence[Flush], ok: bool) -> None:
+    def _end_turn(self, batch: Sequence[tuple[bytes, int, bytes]], flushes: Sequence[Flush]) -> None:
         q = self.queue
         with q.lock:
             for key, number, record in batch:  # what was not written is given up
@@ -257,8 +281,8 @@ class Writer:
                     q.pending_bytes -= len(record)
             first = next(iter(q.pending.values()), (q.sequence + 1,))[0]
             for flush in flushes:
-                flush.ok &= ok
                 if flush.upto < first:
+                    flush.ok, self._intact = self._intact, True
                     flush.done.set()
                 else:
                     q.flushes.append(flush)
