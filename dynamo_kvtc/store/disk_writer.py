@@ -102,9 +102,10 @@ class Writer:
             failed = self._failed
             self._turn(batch, lost, bool(flushes))
             self._intact &= not lost and failed == self._failed
-            self._end_turn(batch, flushes)
+            self._give_up(batch)
             for key in lost:
                 self._lost(key)
+            self._end_turn(flushes)
 
     def _next_batch(self) -> list[tuple[bytes, int, bytes]]:
         batch: list[tuple[bytes, int, bytes]] = []
@@ -272,13 +273,18 @@ class Writer:
         with self.queue.lock:
             return key in self.queue.shelf.slots
 
-    def _end_turn(self, batch: Sequence[tuple[bytes, int, bytes]], flushes: Sequence[Flush]) -> None:
+    def _give_up(self, batch: Sequence[tuple[bytes, int, bytes]]) -> None:
+        """What was not written is not tried again."""
         q = self.queue
         with q.lock:
-            for key, number, record in batch:  # what was not written is given up
+            for key, number, record in batch:
                 if q.pending.get(key, (-1,))[0] == number:
                     del q.pending[key]
                     q.pending_bytes -= len(record)
+
+    def _end_turn(self, flushes: Sequence[Flush]) -> None:
+        q = self.queue
+        with q.lock:
             first = next(iter(q.pending.values()), (q.sequence + 1,))[0]
             for flush in flushes:
                 if flush.upto < first:
