@@ -182,8 +182,7 @@ class DiskStore(Store):
             q.lock.notify()
 
     def flush(self, timeout: float = 10.0) -> bool:
-        """True: all that was put or removed since the last flush is on the disk, uses too. False: not in time, or not all
-        of it."""
+        """True: all that was put or removed since the last flush is on the disk, uses too. False: not so."""
         q = self._queue
         with q.lock:
             if q.closing:

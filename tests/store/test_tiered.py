@@ -33,7 +33,7 @@ def tiers(folder):
                 on_moved=lambda key, tier: told.append((key, tier)),
                 on_removed=lambda key: told.append((key, None)),
                 **options,
-            )  # fmt: skip
+            )
         )
         return made[-1]
 
