@@ -74,6 +74,8 @@ class DiskStore(Store):
             self._queue = Queue(shelf, queue_bytes)
             index = self._open_index(index_bytes, wal_bytes)
         except BaseException:
+            if hasattr(self, "_data"):
+                self._data.close()
             self._folder.unlock()
             raise
         self._read_seconds = read_seconds

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from dynamo_kvtc.store.disk_file import DataFile
 from dynamo_kvtc.store.disk_index import Index, Row
@@ -22,6 +23,8 @@ from dynamo_kvtc.store.extents import NONE
 from dynamo_kvtc.store.shelf import Shelf
 
 BATCH_BYTES = 8 << 20
+AHEAD_BYTES = 64 << 20
+"""Evicted at once, at most (of a small store: 1/64): a commit of its own, so not for every turn."""
 TOUCHES_KEPT = 1 << 16
 FAILURES_TO_REFUSE = 3
 MAX_REFUSE_SECONDS = 60.0
@@ -124,14 +127,13 @@ class Writer:
         self._delete(gone)
         slots: list[int] = []
         try:
-            for _, _, record in batch:
-                slots.append(self._room(len(record), batch))
+            for nth in range(len(batch)):
+                slots.append(self._room(batch, nth))
             rows = self._write(batch, slots)
             while True:
                 with q.lock:
-                    some = [s for s in list(q.touched)[: self._rows] if s in q.ids]
-                    touches = [(q.touched[s], q.ids[s]) for s in some]
-                    q.touched = {} if len(q.touched) <= self._rows else dict(list(q.touched.items())[self._rows :])
+                    some = list(islice(q.touched, self._rows))
+                    touches = [(q.touched.pop(s), q.ids[s]) for s in some]
                 if rows or touches:
                     self.index.commit(rows, (), touches)
                 if rows:
@@ -184,18 +186,20 @@ class Writer:
         for key in stored:
             self._stored(key)
 
-    def _room(self, nbytes: int, batch: Sequence[tuple[bytes, int, bytes]]) -> int:
-        """A slot; evicts, somewhat ahead, so that not every turn does."""
+    def _room(self, batch: Sequence[tuple[bytes, int, bytes]], nth: int) -> int:
+        """A slot for the nth; evicts, somewhat ahead, so that not every turn does."""
         q, blocks = self.queue, self.queue.shelf.extents
-        units = q.shelf.units(nbytes)
-        goal = units
+        nbytes = len(batch[nth][2])
+        goal = q.shelf.units(nbytes)
+        crowded = nth == 0 and self._crowded()
         for _ in range(8):
             with q.lock:
-                slot = NONE if self._crowded() else q.shelf.take(nbytes)
+                slot = NONE if crowded else q.shelf.take(nbytes)
                 if slot != NONE:
                     return slot
                 # The next try frees more: holes may be too small for a record in so many parts, or still read from.
-                goal = max(goal * 2, sum(q.shelf.units(len(r)) for _, _, r in batch), blocks.units // 64)
+                ahead = min(blocks.units // 64, AHEAD_BYTES // q.shelf.unit_bytes)
+                goal = max(goal * 2, sum(q.shelf.units(len(r)) for _, _, r in batch), ahead)
                 victims, room = [], 0
                 while room < goal and (victim := q.shelf.oldest()) != NONE:
                     victims.append((victim, q.shelf.keys[victim]))
@@ -206,6 +210,7 @@ class Writer:
             if not victims:
                 break
             self._delete([slot for slot, _ in victims])
+            crowded = crowded and self._crowded()
             for _, key in victims:
                 assert key is not None
                 self._evicted(key)
