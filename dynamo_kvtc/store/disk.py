@@ -130,12 +130,18 @@ class DiskStore(Store):
                     q.mark_used(slot)
                     q.shelf.pin(slot)
                     jobs.append((i, key, slot, q.shelf.places(slot), q.shelf.nbytes[slot], q.crcs[slot]))
-        shares = [jobs[n :: len(self._readers)] for n in range(min(len(self._readers), len(jobs)))]
+        # What the system has in memory is read here and now, the rest by threads that may be left behind.
+        cold = [job for job in jobs if not self._fetch(job, out, self._data.read_cached)]
+        shares = [cold[n :: len(self._readers)] for n in range(min(len(self._readers), len(cold)))]
         in_time = self._readers.run([partial(self._read_all, share, out) for share in shares], deadline)
         # Whatever comes later comes into a list that nobody has.
         leases = [None if record is None else Lease(record) for record in list(out)]
         hits = sum(lease is not None for lease in leases)
+        slow = {job[0] for job in cold}
         with q.lock:
+            for job in jobs:
+                if job[0] not in slow:
+                    q.shelf.unpin(job[2])
             q.errors["read_timeout"] += not in_time
             q.counts["hits"] += hits
             q.counts["misses"] += len(keys) - hits
@@ -231,22 +237,30 @@ class DiskStore(Store):
 
     def _read_all(self, jobs: Sequence[_Job], out: list[bytes | bytearray | None]) -> None:
         """In a reader's thread."""
-        for i, key, slot, places, nbytes, crc in jobs:
-            kind, record = "corrupt", bytearray(nbytes)
+        for job in jobs:
             try:
-                view, at = memoryview(record), 0
-                for offset, length in places:
-                    self._data.read(offset, view[at : at + length])
-                    at += length
-                if binascii.crc32(record, binascii.crc32(key)) == crc:
-                    out[i] = record
-                    continue
-            except OSError as exc:
-                kind = f"read_{error_name(exc)}"
+                self._fetch(job, out, self._data.read)
             finally:
                 with self._queue.lock:
-                    self._queue.shelf.unpin(slot)
-            self._drop_bad(key, slot, kind)
+                    self._queue.shelf.unpin(job[2])
+
+    def _fetch(self, job: _Job, out: list[bytes | bytearray | None], read: Callable[[int, memoryview], bool]) -> bool:
+        """False if ``read`` cannot without waiting. What cannot be read or is not what was written is dropped."""
+        i, key, slot, places, nbytes, crc = job
+        kind, record = "corrupt", bytearray(nbytes)
+        try:
+            view, at = memoryview(record), 0
+            for offset, length in places:
+                if not read(offset, view[at : at + length]):
+                    return False
+                at += length
+            if binascii.crc32(record, binascii.crc32(key)) == crc:
+                out[i] = record
+                return True
+        except OSError as exc:
+            kind = f"read_{error_name(exc)}"
+        self._drop_bad(key, slot, kind)
+        return True
 
     def _drop_bad(self, key: bytes, slot: int, kind: str) -> None:
         """What cannot be read, or is not what was written, is not tried again."""

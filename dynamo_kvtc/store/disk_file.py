@@ -122,12 +122,23 @@ class DataFile:
     def sync(self) -> None:
         os.fdatasync(self._fd)
 
-    def read(self, offset: int, into: memoryview) -> None:
+    def read_cached(self, offset: int, into: memoryview) -> bool:
+        """Without waiting for the disk, from the system's cache: False if it is not there, or that cannot be asked."""
+        try:
+            return os.preadv(self._fd, [into], offset, os.RWF_NOWAIT) == into.nbytes
+        except OSError as exc:
+            if exc.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+            return False
+
+    def read(self, offset: int, into: memoryview) -> bool:
+        """True: all of it, however long it takes."""
         while into:
             got = os.preadv(self._fd, [into], offset)
             if not got:
                 raise OSError(errno.EIO, f"the file ends before byte {offset + into.nbytes}")
             offset, into = offset + got, into[got:]
+        return True
 
     def close(self) -> None:
         os.close(self._fd)
