@@ -31,7 +31,7 @@ DOORS = {
     "msgspec": ["codec/", "calibrate/run.py", "cli/inspect.py"],
     "zlib": ["ops/deflate/", "ops/checksum/reference.py"],
     "click": ["cli/", "progress"],
-    "rich": ["cli/", "progress", "evaluate/report.py", "demo/report.py", "bench/report.py"],
+    "rich": ["cli/", "progress", "evaluate/report.py", "demo/report.py", "bench/report.py", "bench/store_report.py"],
     "triton": ["ops/*/triton.py"],
     "nvidia": ["ops/deflate/"],
     "vllm": ["adapters/vllm"],

@@ -14,13 +14,10 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich import box
-from rich.table import Table
 
 from dynamo_kvtc.bench.store_engines import ENGINES, Item, PlainFile
 from dynamo_kvtc.errors import ConfigError, KvtcError
@@ -179,36 +176,6 @@ def measure_host(arena_bytes: int, record_bytes: int = 30_000, records: int = 20
         "put_microseconds": 1e6 * put / records, "lease_microseconds": 1e6 * got / len(here), "copy": copied / put,
         "record_bytes_over_budget": store.stats().record_bytes / arena_bytes,
     }  # fmt: skip
-
-
-def table(rows: Sequence[StoreRow]) -> Table:
-    out = Table(box=box.SIMPLE_HEAD)
-    for column in _COLUMNS:
-        out.add_column(column, justify="left" if column == "engine" else "right")
-    for row in rows:
-        out.add_row(*_cells(row))
-    return out
-
-
-def markdown(rows: Sequence[StoreRow]) -> str:
-    """For the README."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|-" * len(_COLUMNS) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(_cells(row)) + " |" for row in rows]) + "\n"
-
-
-def as_dict(row: StoreRow) -> dict[str, Any]:
-    return asdict(row)
-
-
-_COLUMNS = ("engine", "fill", "come and go", "get", "get, cold", "64 at once", "space", "reopen, s")
-
-
-def _cells(row: StoreRow) -> tuple[str, ...]:
-    many = "" if row.get_many is None else f"{row.get_many:.2f}"
-    return (
-        row.engine, f"{row.fill:.2f}", f"{row.churn:.2f}", f"{row.get:.2f}", f"{row.get_cold:.2f}", many,
-        f"{row.space:.2f}", f"{row.reopen_seconds:.2f}",
-    )  # fmt: skip
 
 
 def _sums(step: Callable[[], tuple[float, float, int]], more: Callable[[], bool]) -> tuple[float, float, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -92,20 +93,20 @@ def store_command(
     engines: tuple[str, ...], gigabytes: float, folder: Path, json_path: Path | None, as_markdown: bool
 ) -> None:
     """The stores: host tier against copying, disk tier and its rivals against a plain file (rates over its rates)."""
-    from dynamo_kvtc.bench import store
+    from dynamo_kvtc.bench import store, store_report
 
     host = store.measure_host(256 << 20)
     rows = []
     for engine in engines or ("kvtc",):
         click.echo(f"{engine} ...", err=True)
         rows.append(store.measure(engine, int(gigabytes * 1e9), folder))
+    told = {"host": host, "rows": [asdict(row) for row in rows]}
     if as_markdown:
-        click.echo(store.markdown(rows), nl=False)
+        click.echo(store_report.markdown(rows), nl=False)
     else:
-        Console().print(store.table(rows))
-        Console().print_json(data={"host": host, "rows": [store.as_dict(row) for row in rows]})
+        Console().print(store_report.table(rows))
+        Console().print_json(data=told)
     if json_path is not None:
-        told = {"host": host, "rows": [store.as_dict(row) for row in rows]}
         json_path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 

@@ -11,14 +11,14 @@ import contextlib
 import sqlite3
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 PAGE_BYTES = 4096
+_PLACE = struct.Struct("<II")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """places: (start, length) in units of the data file; crc: over key and record; used: larger is more recent."""
 
     id: int
@@ -77,11 +77,14 @@ class Index:
     def rows(self) -> list[Row]:
         """All, the least recently used first; what is not a row of ours is left out."""
         out = []
-        for number, key, nbytes, crc, used, places in self._db.execute("SELECT * FROM records ORDER BY used, id"):
-            ints = all(isinstance(x, int) and 0 <= x < 1 << 62 for x in (number, nbytes, crc, used))
-            if ints and isinstance(key, bytes) and isinstance(places, bytes) and places and len(places) % 8 == 0:
-                flat = struct.unpack(f"<{len(places) // 4}I", places)
-                out.append(Row(number, key, nbytes, crc, used, list(zip(flat[::2], flat[1::2], strict=True))))
+        for number, key, nbytes, crc, used, packed in self._db.execute(
+            "SELECT id, key, nbytes, crc, used, places FROM records WHERE typeof(key) = 'blob' AND length(key) BETWEEN "
+            "16 AND 64 AND typeof(places) = 'blob' AND length(places) % 8 = 0 AND length(places) > 0 AND "
+            "typeof(nbytes) = 'integer' AND nbytes BETWEEN 1 AND 4294967295 AND typeof(crc) = 'integer' AND "
+            "typeof(used) = 'integer' AND used BETWEEN 0 AND 1 << 62 AND id BETWEEN 0 AND 1 << 62 ORDER BY used, id"
+        ):
+            places = [_PLACE.unpack(packed)] if len(packed) == 8 else list(_PLACE.iter_unpack(packed))
+            out.append(Row(number, key, nbytes, crc, used, places))
         return out
 
     @_translated()
@@ -102,10 +105,7 @@ class Index:
             db.executemany("UPDATE records SET used = ? WHERE id = ?", touches)
             db.executemany(
                 "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)",
-                [
-                    (r.id, r.key, r.nbytes, r.crc, r.used, struct.pack(f"<{2 * len(r.places)}I", *sum(r.places, ())))
-                    for r in puts
-                ],
+                [(r.id, r.key, r.nbytes, r.crc, r.used, b"".join(_PLACE.pack(*p) for p in r.places)) for r in puts],
             )
             db.execute("COMMIT")
         except BaseException:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_kvtc.bench.store import CANDIDATES, markdown, measure, measure_host, table
+from dynamo_kvtc.bench.store import CANDIDATES, measure, measure_host
+from dynamo_kvtc.bench.store_report import markdown, table
 from dynamo_kvtc.errors import ConfigError, MissingDependencyError
 
 
