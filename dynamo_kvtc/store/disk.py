@@ -1,16 +1,17 @@
 """The disk tier: records in one preallocated file, their places in SQLite, a bounded queue in front.
 
-Why so (figures in the README's section "Stores", measured again by `kvtc bench store`): the budget must hold as the
-operating system counts it, a bad disk must not end the engine, and a read must be near what the disk gives. LMDB holds
-a budget by its map, but a truncated file or a read error is a SIGBUS in the engine (5 of 5 truncations). RocksDB holds
-about twice the live bytes between compactions, and has no hard cap. Records inside SQLite cost 2.5 to 4 writes a byte
-and a quarter of the reading speed; diskcache writes a file a record, which it never syncs. So SQLite does what it is
-best at, a small crash-safe index, and the bytes lie in a flat file of fixed size that is full from the start: a disk
-that fills up later takes nothing from it.
+Why so (figures in the README's section "Stores"; `kvtc bench store` measures them again): the budget must hold as the
+operating system counts it, and a bad disk must not end the engine. LMDB is the quickest to read and holds a budget by
+its map, but a map turns a truncated file or a read error into a SIGBUS in the engine (5 of 5 truncations). RocksDB takes
+1.8 to 2 times the live bytes between compactions, with no hard cap. Records inside SQLite write 2.6 to 3.3 bytes a byte
+and are half as quick to write; diskcache has a file a record, which it never syncs. So SQLite does what it is best at,
+a small crash-safe index, and the bytes lie in a flat file of fixed size that is full from the start: a disk that fills
+up later takes nothing from it. What is paid: two syncs a batch, checksums, and the bookkeeping is Python's.
 
 A put is a copy into the queue; it is refused when the queue is full, never waits. ``flush`` or ``on_stored`` say that
 a record is on the disk: kill -9 loses at most what they had not said. A record's checksum covers its key; one that does
-not agree is removed, counted ("corrupt") and missed. Reads go through a few threads and are given up at a deadline.
+not agree is removed, counted ("corrupt") and missed. What is not in the system's cache is
+read by a few threads and given up at a deadline.
 Recency survives a restart but for the last commit's worth of uses.
 """
 
