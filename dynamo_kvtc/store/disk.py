@@ -2,7 +2,7 @@
 
 Why so (figures in the README's section "Stores"; `kvtc bench store` measures them again): the budget must hold as the
 operating system counts it, and a bad disk must not end the engine. LMDB is the quickest to read and holds a budget by
-its map, but a map turns a truncated file or a read error into a SIGBUS in the engine (5 of 5 truncations). RocksDB takes
+its map, but a map turns a truncated file or a read error into a SIGBUS in the engine (5 of 5 truncations). RocksDB has
 1.8 to 2 times the live bytes between compactions, with no hard cap. Records inside SQLite write 2.6 to 3.3 bytes a byte
 and are half as quick to write; diskcache has a file a record, which it never syncs. So SQLite does what it is best at,
 a small crash-safe index, and the bytes lie in a flat file of fixed size that is full from the start: a disk that fills
