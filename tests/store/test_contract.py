@@ -115,6 +115,8 @@ def test_the_budget_holds_and_the_least_recently_used_go(store):
             store.flush()
         stats = store.stats()
         assert stats.used_bytes <= stats.budget_bytes
+    if hasattr(store, "flush"):
+        store.flush()  # nothing may go while we look
     here = [i for i in range(600) if store.contains(key_of(i))]
     assert here[0] == 0, "touched all the time"
     assert here[1:] == list(range(here[1], 600)), "the older went first"
