@@ -1,4 +1,4 @@
-# make demo | test | lint | fuzz: each makes the virtual environment first, once.
+# make demo | test | lint | fuzz | soak: each makes the virtual environment first, once.
 
 PYTHON ?= python3
 # The CPU needs no more than PyPI's torch; an engine's container has its own: make venv TORCH=
@@ -11,7 +11,7 @@ ARGS ?=
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 STAMP := $(VENV)/.made
 
-.PHONY: demo test lint fuzz venv clean
+.PHONY: demo test lint fuzz soak venv clean
 
 demo: $(STAMP)
 	$(VENV)/bin/kvtc demo --out $(OUT) $(ARGS)
@@ -27,6 +27,10 @@ lint: $(STAMP)
 
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.fuzz_records --records 20000 --artifacts 500
+
+# The disk tier, killed a hundred times while it writes.
+soak: $(STAMP)
+	KVTC_KILLS=100 $(VENV)/bin/python -m pytest -q tests/store/test_crash.py $(ARGS)
 
 venv: $(STAMP)
 

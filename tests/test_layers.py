@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "dynamo_kvtc"
 
 # A room imports itself and rooms to its left. `__init__` is the package's own version number.
 ROOMS = [
-    "__init__", "errors", "types", "config", "progress", "ops", "codec", "hf", "evaluate", "calibrate", "demo", "bench",
-    "cli",
+    "__init__", "errors", "types", "config", "progress", "ops", "store", "codec", "hf", "evaluate", "calibrate", "demo",
+    "bench", "cli",
 ]  # fmt: skip
 
 # Third parties and the modules (path prefixes inside the package) that may import them.
@@ -31,12 +31,17 @@ DOORS = {
     "msgspec": ["codec/", "calibrate/run.py", "cli/inspect.py"],
     "zlib": ["ops/deflate/", "ops/checksum/reference.py"],
     "click": ["cli/", "progress"],
-    "rich": ["cli/", "progress", "evaluate/report.py", "demo/report.py", "bench/report.py"],
+    "rich": ["cli/", "progress", "evaluate/report.py", "demo/report.py", "bench/report.py", "bench/store_report.py"],
     "triton": ["ops/*/triton.py"],
     "nvidia": ["ops/deflate/"],
     "vllm": ["adapters/vllm"],
     "kvbm": ["adapters/kvbm"],
     "nats": ["events/nats.py"],
+    # What the store uses, and what it is measured against.
+    "sqlite3": ["store/disk_index.py", "bench/store_engines.py"],
+    "lmdb": ["bench/store_engines.py"],
+    "rocksdict": ["bench/store_engines.py"],
+    "diskcache": ["bench/store_engines.py"],
 }
 NUMBA = ["reference.py", "cpu.py"]
 HEAVY = ["transformers", "datasets", "gguf", "triton", "vllm", "kvbm", "nats", "matplotlib", "click", "rich"]
@@ -96,6 +101,19 @@ def test_an_op_never_imports_another_op(path):
         if parts[:2] == ["dynamo_kvtc", "ops"]:
             assert len(parts) > 2, f"{inside(path)} imports {name}"
             assert parts[2] == own, f"{inside(path)} imports {name}"
+
+
+SIBLINGS = ["ops", "store"]
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if inside(p).split("/")[0] in SIBLINGS], ids=inside)
+def test_siblings_do_not_know_each_other(path):
+    """``store`` has bytes, no tensors; no op stores anything."""
+    own = inside(path).split("/")[0]
+    for name in imports(path):
+        other = room_of(name) if name.startswith("dynamo_kvtc.") else name.split(".")[0]
+        assert other not in SIBLINGS or other == own, f"{inside(path)} imports {name}"
+        assert own != "store" or other not in ("torch", "numpy"), f"{inside(path)} imports {name}"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -83,6 +84,35 @@ def codec_command(
         json_path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if plot_path is not None:
         plot(rows, plot_path)
+
+
+@command.command("store")
+@click.option("--engine", "engines", multiple=True, metavar="NAME",
+              help="kvtc (the disk tier), sqlite, lmdb, rocksdict or diskcache.  [default: kvtc]")  # fmt: skip
+@click.option("--gigabytes", default=1.0, show_default=True, help="Live records; disk needed: 4 times as much.")
+@click.option("--folder", default=".", show_default=True, type=click.Path(path_type=Path, exists=True, file_okay=False),
+              help="On the disk to be measured.")  # fmt: skip
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the rows as JSON.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the README's table.")
+def store_command(
+    engines: tuple[str, ...], gigabytes: float, folder: Path, json_path: Path | None, as_markdown: bool
+) -> None:
+    """The stores: host tier against copying, disk tier and its rivals against a plain file (rates over its rates)."""
+    from dynamo_kvtc.bench import store, store_report
+
+    host = store.measure_host(256 << 20)
+    rows = []
+    for engine in engines or ("kvtc",):
+        click.echo(f"{engine} ...", err=True)
+        rows.append(store.measure(engine, int(gigabytes * 1e9), folder))
+    told = {"host": host, "rows": [asdict(row) for row in rows]}
+    if as_markdown:
+        click.echo(store_report.markdown(rows), nl=False)
+    else:
+        Console().print(store_report.table(rows))
+        Console().print_json(data=told)
+    if json_path is not None:
+        json_path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 @command.command("table")

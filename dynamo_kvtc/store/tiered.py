@@ -1,0 +1,201 @@
+"""Host over disk: what the host has no room for moves down, what is asked for moves up. Either may be absent.
+
+    put     -> host; also -> disk with write_through
+    host evicts -> disk, if it is not there already (otherwise nothing is written)
+    get     -> host, else disk; from disk it is put into the host on its promote_on-th hit, and stays on disk, too
+
+``on_moved(key, tier)``: the best tier that holds it is now "host" or "disk", where it is whole (disk: after the sync).
+``on_removed(key)``: no tier holds it any more. Both come outside every lock, from any thread; events of one key that
+happen at once in two threads may come in either order, so a listener that must be sure asks ``tier_of``. Between a
+host's eviction and the disk's queue a record is for some microseconds in neither: a get just then misses.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.store import Lease, Record, Store, StoreStats, check_key
+from dynamo_kvtc.store.disk import DiskStore
+from dynamo_kvtc.store.host import HostStore
+
+_SEEN = 1 << 16
+"""Keys whose hits on disk are remembered, to promote on the second."""
+
+log = logging.getLogger(__name__)
+
+
+class TieredStore(Store):
+    """Owns its tiers: it sets their callbacks, and closes them. ``host.reserve`` may be used beside it: tell
+    ``stored`` after the commit."""
+
+    def __init__(
+        self, host: HostStore | None, disk: DiskStore | None, write_through: bool = False, promote_on: int = 1,
+        on_moved: Callable[[bytes, str], None] | None = None, on_removed: Callable[[bytes], None] | None = None,
+    ) -> None:  # fmt: skip
+        """promote_on: 1 or 2, the hit on disk that brings a record to the host. Raises ConfigError."""
+        if host is None and disk is None:
+            raise ConfigError("a tiered store of no tier; give it a host store, a disk store or both")
+        if promote_on not in (1, 2):
+            raise ConfigError(f"promote_on is {promote_on}; it must be 1 or 2")
+        self.host, self.disk = host, disk
+        self._write_through, self._promote_on = write_through, promote_on
+        self._on_moved, self._on_removed = on_moved, on_removed
+        self._lock = threading.Lock()
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._counts: Counter[str] = Counter()
+        if host is not None:
+            host.on_evicted = self._host_evicted
+        if disk is not None:
+            disk.on_stored = self._disk_stored
+            disk.on_evicted = lambda key, _: self._disk_lost(key)
+            disk.on_lost = self._disk_lost
+
+    def put(self, key: bytes, record: Record) -> bool:
+        check_key(key)
+        if self.host is None:
+            assert self.disk is not None
+            return self.disk.put(key, record)
+        if self.host.contains(key):
+            return True
+        if self.host.put(key, record):
+            self.stored(key)
+            return True
+        return self.disk is not None and self.disk.put(key, record)
+
+    def stored(self, key: bytes) -> None:
+        """A record was committed to the host: writes it through if asked to, and tells ``on_moved``."""
+        assert self.host is not None
+        self._moved(key, "host")
+        if self._write_through and self.disk is not None and not self.disk.contains(key):
+            lease = self.host.get(key)
+            if lease is not None:
+                with lease:
+                    self.disk.put(key, lease.record)
+
+    def get(self, key: bytes) -> Lease | None:
+        return self.get_many([key])[0]
+
+    def get_many(self, keys: Sequence[bytes]) -> list[Lease | None]:
+        host = self.host
+        leases: list[Lease | None] = [None] * len(keys) if host is None else [host.get(key) for key in keys]
+        missing = [i for i, lease in enumerate(leases) if lease is None]
+        if self.disk is not None and missing:
+            for i, lease in zip(missing, self.disk.get_many([keys[i] for i in missing]), strict=True):
+                leases[i] = None if lease is None else self._promoted(keys[i], lease)
+        hits = sum(lease is not None for lease in leases)
+        with self._lock:
+            self._counts["hits"] += hits
+            self._counts["misses"] += len(keys) - hits
+        return leases
+
+    def tier_of(self, key: bytes) -> str | None:
+        """ "host", "disk" (queued or on it) or None."""
+        if self.host is not None and self.host.contains(key):
+            return "host"
+        return "disk" if self.disk is not None and self.disk.contains(key) else None
+
+    def contains(self, key: bytes) -> bool:
+        return self.tier_of(key) is not None
+
+    def touch(self, keys: Iterable[bytes]) -> int:
+        listed = list(keys)
+        found = sum(self.contains(key) for key in listed)
+        for tier in self._tiers():
+            tier.touch(listed)
+        return found
+
+    def remove(self, key: bytes) -> bool:
+        return sum(tier.remove(key) for tier in self._tiers()) > 0
+
+    def clear(self) -> None:
+        for tier in self._tiers():
+            tier.clear()
+        with self._lock:
+            self._seen.clear()
+
+    def flush(self, timeout: float = 10.0) -> bool:
+        """The disk's: True if all that went down is on it."""
+        return self.disk is None or self.disk.flush(timeout)
+
+    def stats(self) -> StoreStats:
+        """Both tiers together: a record in both is two entries; evictions: from the lowest tier. Ask ``host`` and
+        ``disk`` for theirs."""
+        parts = [tier.stats() for tier in self._tiers()]
+        errors: Counter[str] = Counter()
+        for part in parts:
+            errors.update(part.errors)
+        with self._lock:
+            errors["callback"] += self._counts["callback"]
+            return StoreStats(
+                sum(p.entries for p in parts), sum(p.record_bytes for p in parts), sum(p.used_bytes for p in parts),
+                sum(p.budget_bytes for p in parts), parts[-1].evictions, self._counts["hits"], self._counts["misses"],
+                sum(p.refused for p in parts), dict(+errors), parts[0].fragmentation,
+            )  # fmt: skip
+
+    def close(self, timeout: float = 10.0) -> bool:
+        """What is in the host alone is lost; with write_through it is on disk. timeout: the disk's, in seconds."""
+        ends = [True if self.host is None else self.host.close()]
+        ends.append(True if self.disk is None else self.disk.close(timeout))
+        return all(ends)
+
+    def _tiers(self) -> list[Store]:
+        return [tier for tier in (self.host, self.disk) if tier is not None]
+
+    def _promoted(self, key: bytes, lease: Lease) -> Lease:
+        """In the host if it is its turn and there is room, else as it came."""
+        if self.host is None or not self._turn_to_promote(key) or not self.host.put(key, lease.record):
+            return lease
+        above = self.host.get(key)
+        if above is None:
+            return lease
+        lease.release()
+        self._moved(key, "host")
+        return above
+
+    def _turn_to_promote(self, key: bytes) -> bool:
+        if self._promote_on == 1:
+            return True
+        with self._lock:
+            if key in self._seen:
+                del self._seen[key]
+                return True
+            self._seen[key] = None
+            if len(self._seen) > _SEEN:
+                self._seen.popitem(last=False)
+            return False
+
+    def _host_evicted(self, key: bytes, lease: Lease | None) -> None:
+        assert lease is not None
+        there = self.disk is not None and self.disk.durable(key)
+        if self.disk is None or not self.disk.put(key, lease.record):
+            self._removed(key)
+        elif there:
+            self._moved(key, "disk")  # otherwise _disk_stored tells, after the sync
+
+    def _disk_stored(self, key: bytes) -> None:
+        if self.host is None or not self.host.contains(key):
+            self._moved(key, "disk")
+
+    def _disk_lost(self, key: bytes) -> None:
+        if not self.contains(key):
+            self._removed(key)
+
+    def _moved(self, key: bytes, tier: str) -> None:
+        if self._on_moved is not None:
+            self._tell(lambda told=self._on_moved: told(key, tier))  # type: ignore[misc]
+
+    def _removed(self, key: bytes) -> None:
+        if self._on_removed is not None and not self.contains(key):
+            self._tell(lambda told=self._on_removed: told(key))  # type: ignore[misc]
+
+    def _tell(self, told: Callable[[], None]) -> None:
+        try:
+            told()
+        except Exception:
+            log.exception("a callback failed")
+            with self._lock:
+                self._counts["callback"] += 1
