@@ -12,6 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from dynamo_kvtc.codec import header_scan
 from dynamo_kvtc.codec.profile import PROFILE_NAMES
 from dynamo_kvtc.codec.record import (
     CRC_OFFSET,
@@ -39,6 +40,8 @@ _HEADER = np.dtype(
     ]
 )  # fmt: skip
 assert _HEADER.itemsize == FIXED_BYTES
+_VARYING = ("total", "first", "tokens", "crc")
+_VARYING_AT = tuple(place[1] for name, place in (_HEADER.fields or {}).items() if name in _VARYING)
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,14 @@ def read_headers(
         np.full(blocks, BAD_HEADER, np.int32), np.zeros(tokens, np.bool_), np.zeros(tokens, np.int64),
         np.zeros((blocks, groups, 2), np.int64), np.zeros((blocks, groups), np.uint32),
     )  # fmt: skip
+    if identity.profile in PROFILE_NAMES and counts.min() >= 1 and counts.max() <= MAX_BLOCK_TOKENS:
+        # Nearly all records: sound, as expected, no exact tokens, no gaps.
+        template, fixed = _template(identity)
+        header_scan.scan(
+            arena, offsets, sizes, counts, header_bytes(groups), FIXED_BYTES, *_VARYING_AT, template, fixed,
+            _crc_table(), batch.status, batch.positions, batch.sections, batch.crc,
+        )  # fmt: skip
     there = (offsets >= 0) & (sizes >= 0) & (offsets <= len(arena) - sizes)
-    _read_usual(arena, offsets, sizes, counts, identity, np.flatnonzero(there), batch)
     for b in np.flatnonzero(there & (batch.status != SOUND)):
         try:
             record = parse_record(arena.data[offsets[b] : offsets[b] + sizes[b]])
@@ -192,40 +201,21 @@ def read_headers(
     return batch
 
 
-def _read_usual(
-    arena: NDArray[np.uint8], offsets: NDArray[np.int64], sizes: NDArray[np.int64], counts: NDArray[np.int32],
-    identity: Identity, there: NDArray[np.int64], batch: HeaderBatch,
-) -> None:  # fmt: skip
-    """Nearly all records at once: sound, as expected, no exact tokens, no gaps.
+@lru_cache(maxsize=64)
+def _template(identity: Identity) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """A header's first bytes, and which of them are the same in all usual records."""
+    row, fixed = np.zeros(1, dtype=_HEADER), np.zeros(1, dtype=_HEADER)
+    row["magic"], row["version"], row["header"] = MAGIC, VERSION, header_bytes(identity.groups)
+    for name in ("profile", "point", "artifact", "rank", "groups"):
+        row[name] = getattr(identity, name)
+    mask = fixed.view(np.uint8)
+    mask[:] = 1
+    for name in _VARYING:
+        fixed[name] = 0
+    return row.view(np.uint8), mask.astype(np.bool_)
 
-    there: int64 [n], the records that are in the arena.
-    """
-    groups = identity.groups
-    least = header_bytes(groups)
-    at = there[sizes[there] >= least]
-    raw = _windows(arena, least)[offsets[at]]
-    h = np.ascontiguousarray(raw[:, :FIXED_BYTES]).view(_HEADER)[:, 0]
-    table = np.ascontiguousarray(raw[:, FIXED_BYTES:]).view("<u4").reshape(len(at), groups, 2).astype(np.int64)
-    wanted = {
-        "magic": MAGIC, "version": VERSION, "flags": 0, "total": sizes[at], "tokens": counts[at], "exact": 0,
-        "header": least, "profile": identity.profile, "point": identity.point, "artifact": identity.artifact,
-        "rank": identity.rank, "groups": groups,
-    }  # fmt: skip
-    fits = (least + table[:, :, 0].sum(axis=1) == sizes[at]) & (h["first"].astype(np.int64) + counts[at] <= 2**31)
-    for name, value in wanted.items():
-        fits &= h[name] == value
-    fits &= (counts[at] >= 1) & (counts[at] <= MAX_BLOCK_TOKENS) & (identity.profile in PROFILE_NAMES)
-    rows = raw.copy()
-    rows[:, CRC_OFFSET:FIXED_BYTES] = 0
-    fits[fits] = (_checksums(rows[fits]) == raw[fits, CRC_OFFSET:FIXED_BYTES]).all(axis=1)
-    at, h, table = at[fits], h[fits], table[fits]
-    batch.status[at] = SOUND
-    # Per token of all records: its own, and whether its record is one of these.
-    start = np.zeros(len(counts), dtype=np.int64)
-    start[at] = h["first"]
-    first = np.cumsum(counts, dtype=np.int64) - counts
-    token = np.arange(len(batch.positions)) - np.repeat(first, counts)
-    batch.positions[:] = np.where(np.repeat(batch.status == SOUND, counts), np.repeat(start, counts) + token, 0)
-    ends = np.cumsum(table[:, :, 0], axis=1)
-    batch.sections[at, :, 0] = (offsets[at] + least)[:, None] + ends - table[:, :, 0]
-    batch.sections[at, :, 1], batch.crc[at] = table[:, :, 0], table[:, :, 1]
+
+@lru_cache(maxsize=1)
+def _crc_table() -> NDArray[np.uint32]:
+    """CRC-32's table: what a byte makes of a register of zeros."""
+    return np.array([crc32(bytes([0xFF ^ value])) ^ 0xFF000000 for value in range(256)], dtype=np.uint32)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dynamo_kvtc.codec import header_scan
 from dynamo_kvtc.codec.headers import HeaderBatch, read_headers
 from dynamo_kvtc.codec.paged_encode import workspace_bytes
 from dynamo_kvtc.codec.upload import send
@@ -62,32 +63,6 @@ class Restore:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What a chunk's layer groups share: sound: bool [B]; exact_of: int64 [B], exact tokens; arrays for the GPU."""
-
-    sound: NDArray[np.bool_]
-    exact_of: NDArray[np.int64]
-    arrays: dict[str, NDArray]
-
-    @classmethod
-    def of(cls, counts: NDArray[np.int32], slots: NDArray[np.int64], batch: HeaderBatch) -> _Plan:
-        exact, sound = batch.exact, batch.status == 0
-        block_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        coded = ~exact & sound[block_of]
-        per_block = np.bincount(block_of[coded], minlength=len(counts)).astype(np.int32)
-        kept = np.flatnonzero(exact)
-        exact_of = np.bincount(block_of[kept], minlength=len(counts))
-        index = np.arange(len(kept)) - np.repeat(np.cumsum(exact_of) - exact_of, exact_of)
-        arrays = {
-            "first": (np.cumsum(per_block) - per_block).astype(np.int32), "counts": per_block,
-            "slots": slots[coded], "positions": batch.positions[coded],
-            "exact_block": block_of[kept], "exact_slots": slots[kept], "index": index.astype(np.int32),
-            "count": exact_of[block_of[kept]].astype(np.int32),
-        }  # fmt: skip
-        return cls(sound, exact_of, arrays)
-
-
-@dataclass(frozen=True)
 class _Chunk:
     """Blocks [first, last) of the call, tokens of them, and the bytes of the arena that hold their records."""
 
@@ -119,10 +94,10 @@ class Sent:
 
 @dataclass(frozen=True)
 class Coded:
-    """A chunk's sections of one layer group, as the host sees them. B blocks, of which some are not sound.
+    """A chunk's sections, as the host sees them: G layer groups of B blocks, of which some are not sound.
 
-    sound: bool [B]; where, section: int64 [B], first byte in the ring and bytes; exact: int64 [B], bytes of exact
-    tokens, which come first; counts: int32 [B], coded tokens; short: bool [B], too few bytes for the exact tokens.
+    sound: bool [B]; where, section: int64 [G, B], first byte in the ring and bytes; exact: int64 [G, B], bytes of exact
+    tokens, which come first; counts: int32 [B], coded tokens; short: bool [G, B], too few bytes for the exact tokens.
     """
 
     sound: NDArray[np.bool_]
@@ -157,9 +132,9 @@ class Decoder(ABC):
         return workspace_bytes(self, self._device)
 
     @abstractmethod
-    def _arrays(self, g: int, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
-        """What the methods below need of each block, to be sent to the device; and int64 [B], where each section starts
-        in what ``_receive`` returns, even numbers."""
+    def _arrays(self, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
+        """What the methods below need of each block, [G, ...], to be sent to the device; and int64 [G, B], where each
+        section starts in what ``_receive`` returns, even numbers."""
 
     @abstractmethod
     def _receive(self, g: int, turn: int, sent: Sent, status: Tensor, together: bool) -> Tensor:
@@ -276,30 +251,37 @@ class Decoder(ABC):
 
     def _send(self, chunk: _Chunk, blocks: Blocks, batch: HeaderBatch) -> Sent:
         """What the kernels need to know of a chunk, for all layer groups at once."""
-        codec = self._codec
-        plan = _Plan.of(blocks.counts[chunk.blocks], blocks.slots.numpy()[chunk.tokens], batch)
-        rows: list[dict[str, NDArray]] = []
-        for g, (start, end) in enumerate(codec.artifact.manifest.groups):
-            exact = plan.exact_of * (end - start) * codec.artifact.shape.bytes_per_layer_token
-            where = np.where(plan.sound, batch.sections[:, g, 0] - chunk.start, 0)
-            section = batch.sections[:, g, 1]
-            short = plan.sound & (section < exact)
-            more, base = self._arrays(g, Coded(plan.sound, where, section, exact, plan.arrays["counts"], short))
-            rows.append(
-                more | {
-                    "where": where, "section": section, "crc": batch.crc[:, g].view(np.int32),
-                    "exact_base": base[plan.arrays["exact_block"]],
-                }
-            )  # fmt: skip
-        stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        arrays = send(plan.arrays | stacked, self._device)
-        by_group = {name: arrays.pop(name) for name in stacked}
+        codec, artifact = self._codec, self._codec.artifact
+        counts, tokens = blocks.counts[chunk.blocks], chunk.tokens.stop - chunk.tokens.start
+        first, coded_of = (np.empty(len(counts), dtype=np.int32) for _ in range(2))
+        exact_of = np.empty(len(counts), dtype=np.int64)
+        slots, positions, exact_slots = (np.empty(tokens, dtype=np.int64) for _ in range(3))
+        exact_block, index = (np.empty(tokens, dtype=np.int32) for _ in range(2))
+        coded, kept = header_scan.sort_tokens(
+            counts, batch.status, batch.exact, batch.positions, blocks.slots.numpy()[chunk.tokens], first, coded_of,
+            exact_of, slots, positions, exact_block, exact_slots, index,
+        )  # fmt: skip
+        sound = batch.status == 0
+        per_token = np.array([end - start for start, end in artifact.manifest.groups], dtype=np.int64)
+        exact = exact_of * (per_token * artifact.shape.bytes_per_layer_token)[:, None]
+        where = np.where(sound, batch.sections[:, :, 0].T - chunk.start, 0)
+        section = np.ascontiguousarray(batch.sections[:, :, 1].T)
+        more, base = self._arrays(Coded(sound, where, section, exact, coded_of, sound & (section < exact)))
+        by_group = more | {
+            "where": where, "section": section, "crc": batch.crc.T.view(np.int32),
+            "exact_base": base[:, exact_block[:kept]],
+        }  # fmt: skip
+        shared = {
+            "first": first, "counts": coded_of, "slots": slots[:coded], "positions": positions[:coded],
+            "exact_block": exact_block[:kept], "exact_slots": exact_slots[:kept], "index": index[:kept],
+            "count": exact_of[exact_block[:kept]].astype(np.int32),
+        }  # fmt: skip
+        arrays = send(shared | by_group, self._device)
         angles = codec.rotations.at(arrays["positions"])
         codec.mark("rotations")
-        counts = plan.arrays["counts"]
         return Sent(
-            arrays, by_group, stacked["section"].max(axis=1, initial=0), len(plan.arrays["slots"]),
-            len(plan.arrays["exact_slots"]), max(1, int(counts.max())), angles,
+            arrays, {name: arrays.pop(name) for name in by_group}, section.max(axis=1, initial=0), coded, kept,
+            max(1, int(coded_of.max())), angles,
         )  # fmt: skip
 
     def _group(self, g: int, sent: Sent, status: Tensor, turn: int, together: bool) -> None:

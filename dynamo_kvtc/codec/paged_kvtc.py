@@ -121,7 +121,7 @@ class KvtcDecoder(Decoder):
         self._factors = torch.empty(RING, groups, t, dtype=torch.float32, device=device)
         self._offsets = torch.empty(RING, groups, t, dtype=torch.int8, device=device)
 
-    def _arrays(self, g: int, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
+    def _arrays(self, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
         room = np.where(coded.short, 1, coded.section - coded.exact)
         return {"payload": coded.where + coded.exact, "room": room}, coded.where
 

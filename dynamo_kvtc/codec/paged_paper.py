@@ -191,18 +191,19 @@ class PaperDecoder(Decoder):
         self._no_levels = operand(t, 0, torch.float16, device)
         self._ones = torch.ones(t, device=device)
 
-    def _arrays(self, g: int, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
+    def _arrays(self, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
         # In a record a section may start at any byte; here, where its payload, behind the exact tokens, is aligned.
         lead = np.where(coded.sound, -coded.exact % ALIGNMENT, 0)
         span = -(-(lead + coded.section) // ALIGNMENT) * ALIGNMENT
-        start = ALIGNMENT + np.cumsum(span) - span + lead
+        start = ALIGNMENT + np.cumsum(span, axis=1) - span + lead
         payload = coded.section - coded.exact
         wrong = coded.short | (coded.sound & ((payload > 0) != (coded.counts > 0)))
         starts = np.concatenate([[0], np.cumsum(coded.counts)]).astype(np.int64)
+        tokens = np.tile(starts, (len(payload), 1))
         arrays = {
             "start": start, "payload": np.where(wrong, 0, start + coded.exact),
             "payload_bytes": np.where(wrong, len(_EMPTY_STREAM), payload),
-            "wrong": np.where(wrong, lanes.BAD_DIRECTORY, lanes.SOUND).astype(np.int32), "tokens": starts,
+            "wrong": np.where(wrong, lanes.BAD_DIRECTORY, lanes.SOUND).astype(np.int32), "tokens": tokens,
         }  # fmt: skip
         return arrays, start
 

@@ -1,0 +1,86 @@
+"""What the GPU path does on the host for every block of a call, compiled: in numpy it takes longer than the GPU does.
+
+No more than loops over ``codec.headers``' arrays; what is said of a record is decided there.
+"""
+
+# numba's decorators hide the types of what they wrap.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+from __future__ import annotations
+
+from numba import njit
+
+_FOREVER = 2**31
+
+
+@njit(inline="always")
+def _u32(data, at):
+    return int(data[at]) | int(data[at + 1]) << 8 | int(data[at + 2]) << 16 | int(data[at + 3]) << 24
+
+
+@njit(cache=True)
+def scan(arena, offsets, sizes, counts, least, table_at, total_at, first_at, tokens_at, crc_at, template, fixed,
+         crc_table, status, positions, sections, crc):  # fmt: skip
+    """Records whose header is ``template`` where ``fixed`` says so, with the rest as it must be, get status 0.
+
+    template, fixed: uint8 and bool [bytes before the sections' table]; crc_table: uint32 [256]; the rest as in
+    ``codec.headers.read_headers``. ``least`` bytes are a header without exact tokens and gaps.
+    """
+    token = 0
+    groups = sections.shape[1]
+    for b in range(len(counts)):
+        count, at, size = int(counts[b]), int(offsets[b]), int(sizes[b])
+        sound = at >= 0 and size >= least and at <= len(arena) - size
+        if sound:
+            for i in range(len(template)):
+                if fixed[i] and arena[at + i] != template[i]:
+                    sound = False
+        if sound:
+            body = 0
+            for g in range(groups):
+                body += _u32(arena, at + table_at + 8 * g)
+            first = _u32(arena, at + first_at)
+            tokens = int(arena[at + tokens_at]) | int(arena[at + tokens_at + 1]) << 8
+            sound = (
+                least + body == size and _u32(arena, at + total_at) == size and tokens == count
+                and first + count <= _FOREVER
+            )  # fmt: skip
+        if sound:
+            x = 0xFFFFFFFF
+            for i in range(least):
+                byte = 0 if crc_at <= i < crc_at + 4 else int(arena[at + i])
+                x = (x >> 8) ^ int(crc_table[(x ^ byte) & 0xFF])
+            sound = (x ^ 0xFFFFFFFF) == _u32(arena, at + crc_at)
+        if sound:
+            status[b] = 0
+            for i in range(count):
+                positions[token + i] = first + i
+            where = at + least
+            for g in range(groups):
+                section = _u32(arena, at + table_at + 8 * g)
+                sections[b, g, 0], sections[b, g, 1] = where, section
+                crc[b, g] = _u32(arena, at + table_at + 8 * g + 4)
+                where += section
+        token += count
+
+
+@njit(cache=True)
+def sort_tokens(counts, status, exact, positions, slots, first, coded_of, exact_of, coded_slots, coded_positions,
+                exact_block, exact_slots, exact_index):  # fmt: skip
+    """Tokens of sound blocks by kind, in order: coded ones, and exact ones with their block and number in it.
+
+    Returns how many of each. first, coded_of, exact_of: [B] (out), where a block's coded tokens start, how many of each
+    it has.
+    """
+    token = coded = kept = 0
+    for b in range(len(counts)):
+        first[b], begin, here = coded, coded, kept
+        for _ in range(counts[b]):
+            if exact[token]:
+                exact_block[kept], exact_slots[kept], exact_index[kept] = b, slots[token], kept - here
+                kept += 1
+            elif status[b] == 0:
+                coded_slots[coded], coded_positions[coded] = slots[token], positions[token]
+                coded += 1
+            token += 1
+        coded_of[b], exact_of[b] = coded - begin, kept - here
+    return coded, kept
