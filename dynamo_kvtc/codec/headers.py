@@ -41,7 +41,7 @@ _HEADER = np.dtype(
 )  # fmt: skip
 assert _HEADER.itemsize == FIXED_BYTES
 _VARYING = ("total", "first", "tokens", "crc")
-_VARYING_AT = tuple(place[1] for name, place in (_HEADER.fields or {}).items() if name in _VARYING)
+_VARYING_AT = tuple(_HEADER.fields[name][1] for name in _VARYING)  # type: ignore[index]
 
 
 @dataclass(frozen=True)
