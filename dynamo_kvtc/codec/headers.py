@@ -176,7 +176,7 @@ def read_headers(
         np.full(blocks, BAD_HEADER, np.int32), np.zeros(tokens, np.bool_), np.zeros(tokens, np.int64),
         np.zeros((blocks, groups, 2), np.int64), np.zeros((blocks, groups), np.uint32),
     )  # fmt: skip
-    if identity.profile in PROFILE_NAMES and counts.min() >= 1 and counts.max() <= MAX_BLOCK_TOKENS:
+    if blocks and identity.profile in PROFILE_NAMES and counts.min() >= 1 and counts.max() <= MAX_BLOCK_TOKENS:
         # Nearly all records: sound, as expected, no exact tokens, no gaps.
         template, fixed = _template(identity)
         header_scan.scan(

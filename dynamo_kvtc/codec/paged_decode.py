@@ -32,8 +32,8 @@ RING = 3
 """Chunks whose records may be on the GPU at once: one being decoded, the others on their way. A call of so many chunks
 or fewer brings them there once; a longer one, for every layer group again."""
 
-_FIRST = 4
-"""The first chunk is a quarter of the largest: the GPU starts on it while the host still reads the others' headers."""
+_FIRST = 2
+"""The first chunk is half the largest: the GPU starts on it while the rest of records and headers is on the way."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ def send(arrays: Mapping[str, NDArray], device: torch.device) -> dict[str, Tenso
     driver.
     """
     if device.type != "cuda":
-        return {name: torch.from_numpy(np.array(x)) for name, x in arrays.items()}
+        return {name: torch.from_numpy(np.array(x, order="C")) for name, x in arrays.items()}
     places, at = {}, 0
     for name, x in arrays.items():
         places[name] = (at, at + x.nbytes)
