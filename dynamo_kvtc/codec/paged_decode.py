@@ -77,7 +77,8 @@ class Sent:
     """What the GPU has of a chunk, but for its records.
 
     arrays: those of all layer groups; by_group: [G, ...], a row each; most: int64 [G], bytes of the largest section;
-    coded, exact: tokens; longest: most coded tokens of a block, at least 1; angles: cos and sin of coded tokens.
+    coded, exact: tokens; longest: most coded tokens of a block, at least 1; row: where in the workspace its tokens have
+    their rows; angles: cos and sin of coded tokens.
     """
 
     arrays: dict[str, Tensor]
@@ -86,6 +87,7 @@ class Sent:
     coded: int
     exact: int
     longest: int
+    row: int
     angles: tuple[Tensor, Tensor]
 
     def of(self, g: int) -> dict[str, Tensor]:
@@ -142,7 +144,8 @@ class Decoder(ABC):
 
         turn: where in the ring the records are.
 
-        together: the records stay in the ring until all layer groups are done, so those after g may be seen to, too.
+        together: records stay in the ring, and rows are the chunk's own, until all layer groups are done: those after g
+            may be seen to at once.
         """
 
     @abstractmethod
@@ -156,6 +159,7 @@ class Decoder(ABC):
         groups = range(len(self._codec.artifact.manifest.groups))
         chunks = self._chunks(len(arena), offsets, sizes, blocks)
         once = len(chunks) <= RING
+        together = once and chunks[-1].tokens.stop <= self._codec.limits.decode_tokens
         items = [(g, i, i if once else (g * len(chunks) + i) % RING) for g in groups for i in range(len(chunks))]
         loads = (self._load(arena, chunks[i], turn) for g, i, turn in items if g == 0 or not once)
         arrived = deque(itertools.islice(loads, RING))
@@ -176,10 +180,10 @@ class Decoder(ABC):
                     self._check_moved(sizes[own], batch)
                     host[own] = torch.from_numpy(batch.status)
                     status[own].copy_(host[own], non_blocking=True)
-                    sent[i] = self._send(chunks[i], blocks, batch)
+                    sent[i] = self._send(chunks[i], blocks, batch, chunks[i].tokens.start if together else 0)
                 if g == 0 or not once:
                     self._wait(arrived.popleft())
-                self._group(g, sent[i], status[own], turn, once)
+                self._group(g, sent[i], status[own], turn, together)
                 arrived.extend(itertools.islice(loads, 1))
                 if i == len(chunks) - 1:
                     events.append(self._event())
@@ -249,8 +253,8 @@ class Decoder(ABC):
             self._stream.wait_event(arrived)
             self._codec.mark("wait for copy")
 
-    def _send(self, chunk: _Chunk, blocks: Blocks, batch: HeaderBatch) -> Sent:
-        """What the kernels need to know of a chunk, for all layer groups at once."""
+    def _send(self, chunk: _Chunk, blocks: Blocks, batch: HeaderBatch, row: int) -> Sent:
+        """What the kernels need to know of a chunk, for all layer groups at once; row: see ``Sent``."""
         codec, artifact = self._codec, self._codec.artifact
         counts, tokens = blocks.counts[chunk.blocks], chunk.tokens.stop - chunk.tokens.start
         first, coded_of = (np.empty(len(counts), dtype=np.int32) for _ in range(2))
@@ -281,14 +285,13 @@ class Decoder(ABC):
         codec.mark("rotations")
         return Sent(
             arrays, {name: arrays.pop(name) for name in by_group}, section.max(axis=1, initial=0), coded, kept,
-            max(1, int(coded_of.max())), angles,
+            max(1, int(coded_of.max())), row, angles,
         )  # fmt: skip
 
     def _group(self, g: int, sent: Sent, status: Tensor, turn: int, together: bool) -> None:
         """One layer group of one chunk, whose records are in the ring."""
         codec = self._codec
         source = self._receive(g, turn, sent, status, together)
-        codec.mark("checksum")
         if sent.coded:
             self._coded(g, turn, sent, status)
         if sent.exact:

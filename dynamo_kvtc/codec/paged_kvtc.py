@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynamo_kvtc.codec.kvtc_point import WIDE_STEP
 from dynamo_kvtc.codec.lanes import FINENESS_STRIDE, HEAD, OFFSET_CLASSES, OFFSET_NEUTRAL
-from dynamo_kvtc.codec.paged_decode import RING, Coded, Decoder, Sent
+from dynamo_kvtc.codec.paged_decode import Coded, Decoder, Sent
 from dynamo_kvtc.codec.paged_encode import EncodeChunk, Encoder
 from dynamo_kvtc.codec.paged_groups import PagedPoint, operand
 from dynamo_kvtc.errors import ConfigError
@@ -113,53 +113,62 @@ class KvtcDecoder(Decoder):
         # Where a layer group has no component of a kind, its product reads columns of zeros that are never written.
         self._narrow = [operand(t, g.narrow, torch.int8, device) for g in point.groups]
         self._wide = [operand(t, g.wide, torch.float16, device) for g in point.groups]
+        self._levels = rans.LevelGroups.of(
+            [
+                rans.LevelGroup(
+                    g.classes, g.centroid, g.scale, g.level_bias, wide, narrow, -(-g.wide // WIDE_STEP) * WIDE_STEP,
+                    g.leading,
+                )
+                for g, wide, narrow in zip(point.groups, self._wide, self._narrow, strict=True)
+            ]
+        )  # fmt: skip
         groups = len(point.groups)
         self._sums = torch.empty(groups * t, dtype=torch.int32, device=device)
-        self._starts = torch.empty(RING, groups, t * self._lanes, dtype=torch.int64, device=device)
-        self._lengths = torch.empty(RING, groups, t * self._lanes, dtype=torch.int32, device=device)
-        self._bad = torch.empty(t * self._lanes, dtype=torch.int32, device=device)
-        self._factors = torch.empty(RING, groups, t, dtype=torch.float32, device=device)
-        self._offsets = torch.empty(RING, groups, t, dtype=torch.int8, device=device)
+        self._starts = torch.empty(groups, t * self._lanes, dtype=torch.int64, device=device)
+        self._lengths = torch.empty(groups, t * self._lanes, dtype=torch.int32, device=device)
+        self._bad = torch.empty(groups, t * self._lanes, dtype=torch.int32, device=device)
+        self._factors = torch.empty(groups, t, dtype=torch.float32, device=device)
+        self._offsets = torch.empty(groups, t, dtype=torch.int8, device=device)
 
     def _arrays(self, coded: Coded) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
         room = np.where(coded.short, 1, coded.section - coded.exact)
         return {"payload": coded.where + coded.exact, "room": room}, coded.where
 
     def _receive(self, g: int, turn: int, sent: Sent, status: Tensor, together: bool) -> Tensor:
-        # All layer groups at once, if they are there: a small call is made of launches.
-        ring = self._ring[turn]
+        """Levels and where they go of layer group g, or of all at once: more lanes side by side, and fewer launches."""
+        codec, ring, split, n = self._codec, self._ring[turn], self._lanes, sent.coded
         if together and g:
             return ring
         own = slice(0, len(self._point.groups)) if together else slice(g, g + 1)
-        arrays = {name: x[own] for name, x in sent.by_group.items()}
-        sums = self._sums[: arrays["section"].numel()]
+        rows, lane = slice(sent.row, sent.row + n), slice(sent.row * split, (sent.row + n) * split)
+        starts, lengths, bad = (x[own, lane] for x in (self._starts, self._lengths, self._bad))
+        factors, offsets = self._factors[own, rows], self._offsets[own, rows]
+        blocks, sections = sent.arrays, {name: x[own] for name, x in sent.by_group.items()}
+        sums = self._sums[: sections["section"].numel()]
         copy_ranges_device(
-            ring, arrays["where"].view(-1), arrays["section"].view(-1), None, None, sums, int(sent.most[own].max())
+            ring, sections["where"].view(-1), sections["section"].view(-1), None, None, sums, int(sent.most[own].max())
         )
         lanes.read(
-            ring, arrays["payload"], arrays["room"], sums, arrays["crc"], sent.arrays["first"], sent.arrays["counts"],
-            status, self._point.shrink, self._starts[turn, own], self._lengths[turn, own], self._factors[turn, own],
-            self._offsets[turn, own], self._lanes, sent.longest, OFFSET_NEUTRAL, OFFSET_CLASSES,
-            quantize.FINENESS_LEVELS - 1,
+            ring, sections["payload"], sections["room"], sums, sections["crc"], blocks["first"], blocks["counts"],
+            status, self._point.shrink, starts, lengths, factors, offsets, split, sent.longest, OFFSET_NEUTRAL,
+            OFFSET_CLASSES, quantize.FINENESS_LEVELS - 1,
         )  # fmt: skip
+        codec.mark("checksum")
+        if n:
+            words = ring[: len(ring) // 2 * 2].view(torch.int16)
+            rans.decode_levels_device(
+                words, starts, lengths, self._point.tables, self._levels, bad, factors=factors, offsets=offsets,
+                lanes_per_token=split, group=own.start, row=sent.row,
+            )  # fmt: skip
+            chosen = self._chosen[rows]
+            lanes.judge(bad, blocks["first"], blocks["counts"], status, blocks["slots"], chosen, split, sent.longest)
+        codec.mark("rANS")
         return ring
 
     def _coded(self, g: int, turn: int, sent: Sent, status: Tensor) -> None:
-        codec, point, split, group, n = self._codec, self._point, self._lanes, self._point.groups[g], sent.coded
-        starts, lengths = self._starts[turn, g, : n * split], self._lengths[turn, g, : n * split]
-        factors, offsets, bad = self._factors[turn, g, :n], self._offsets[turn, g, :n], self._bad[: n * split]
-        ring = self._ring[turn]
-        narrow, wide = self._narrow[g][:n], self._wide[g][:n]
-        words = ring[: len(ring) // 2 * 2].view(torch.int16)
-        rans.decode_levels_device(
-            words, starts, lengths, group.classes, point.tables, wide, narrow, bad, centroid=group.centroid,
-            scale=group.scale, bias=group.level_bias, factor=factors,
-            wide_components=-(-group.wide // WIDE_STEP) * WIDE_STEP, offsets=offsets, first=group.leading,
-            lanes_per_token=split,
+        group, rows = self._point.groups[g], slice(sent.row, sent.row + sent.coded)
+        synthesise_into_pages(
+            self._narrow[g][rows], self._wide[g][rows], group.synthesis, self._factors[g, rows], *sent.angles,
+            self._codec.pages, self._chosen[rows],
         )  # fmt: skip
-        codec.mark("rANS")
-        chosen = self._chosen[:n]
-        blocks = sent.arrays
-        lanes.judge(bad, blocks["first"], blocks["counts"], status, blocks["slots"], chosen, split, sent.longest)
-        synthesise_into_pages(narrow, wide, group.synthesis, factors, *sent.angles, codec.pages, chosen)
-        codec.mark("project")
+        self._codec.mark("project")

@@ -215,6 +215,7 @@ class PaperDecoder(Decoder):
         )
         lanes.verify(sums, arrays["crc"], status)
         status.copy_(torch.where(status == 0, arrays["wrong"], status))
+        self._codec.mark("checksum")
         return self._aligned
 
     def _coded(self, g: int, turn: int, sent: Sent, status: Tensor) -> None:
@@ -238,7 +239,7 @@ class PaperDecoder(Decoder):
         for i, (part, own) in enumerate(parts):
             affine.valid_device(own, part.plan, good[i])
         # Tokens of blocks that were found bad before are whatever was there, and their status stays.
-        bad = (~good.all(dim=0)).to(torch.int32)
+        bad = (~good.all(dim=0)).to(torch.int32)[None]
         chosen = self._chosen[:n]
         lanes.judge(bad, arrays["first"], arrays["counts"], status, arrays["slots"], chosen, 1, most)
         for part, own in parts:

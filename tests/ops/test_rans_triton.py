@@ -155,42 +155,70 @@ def test_decoding_gives_the_symbols_back(kernel_device, tokens, rank, split, wil
     np.testing.assert_array_equal(symbols, np.where(gone[::split, None], 0, case.symbols))
 
 
-@pytest.mark.parametrize(("tokens", "rank", "split", "wide"), [
-    (1, 1, 1, 16), (17, 50, 1, 16), (16, 66, 2, 32), (15, 130, 4, 48), (5, 130, 8, 16), (5, 33, 8, 0), (4, 7, 4, 16),
-    (3, 64, 4, 64),
+@pytest.mark.parametrize(("tokens", "ranks", "split", "wides"), [
+    (1, (1,), 1, (16,)), (17, (50, 33), 1, (16, 0)), (16, (66, 1, 200), 2, (32, 16, 16)), (15, (130,), 4, (48,)),
+    (5, (130, 64), 8, (16, 64)), (5, (33, 40), 8, (0, 32)), (4, (7,), 4, (16,)), (3, (64, 0), 4, (64, 16)),
 ])  # fmt: skip
 @pytest.mark.parametrize("wild", [True, False])
-def test_levels_are_the_reference_levels(kernel_device, tokens, rank, split, wide, wild):
-    case = Case(kernel_device, tokens, rank, split, wild)
-    case.first = min(case.first, wide)
-    case.words, case.lengths = rans.encode_lanes(
-        case.symbols, case.classes, case.tables, case.offsets, case.first, split
-    )
-    g = case.generator
-    centroid = g.uniform(-1, 1, rank).astype(np.float32)
-    scale = np.where(g.random(rank) < 0.2, g.integers(0, 1 << 20, rank), g.integers(0, 1 << 17, rank)).astype(np.int32)
-    bias = g.integers(-(1 << 17), 1 << 17, rank).astype(np.int32)
-    factor = g.choice([0.25, 0.5946, 1.0, 2.0], tokens).astype(np.float32)
-    high, low = min(wide, rank), max(rank - wide, 0)
-    wide_out = poisoned((tokens + 1, high + GUARD), torch.float16, kernel_device)
-    narrow_out = poisoned((tokens + 1, low + GUARD), torch.int8, kernel_device)
-    bad = poisoned((tokens * split,), torch.int32, kernel_device)
-    lengths = case.lengths.copy()
-    lengths[:split] = 0
+def test_levels_are_the_reference_levels(kernel_device, tokens, ranks, split, wides, wild):
+    """Of several layer groups in one launch, each with its own components, or of some of them, to rows further down."""
+    case = Case(kernel_device, tokens, max(ranks), split, wild)
+    g, row = case.generator, int(case.generator.integers(0, 3))
+    groups, outputs, expected, words, lengths = [], [], [], [], []
+    for rank, wide in zip(ranks, wides, strict=True):
+        first = min(case.first, wide)
+        symbols = case.symbols[:, :rank].copy()
+        own = rans.encode_lanes(symbols, case.classes[:rank], case.tables, case.offsets, first, split)
+        words.append(own[0])
+        lengths.append(own[1].copy())
+        lengths[-1][:split] = 0
+        centroid = g.uniform(-1, 1, rank).astype(np.float32)
+        large = g.random(rank) < 0.2
+        scale = np.where(large, g.integers(0, 1 << 20, rank), g.integers(0, 1 << 17, rank)).astype(np.int32)
+        bias = g.integers(-(1 << 17), 1 << 17, rank).astype(np.int32)
+        high, low = min(wide, rank), max(rank - wide, 0)
+        outs = [
+            poisoned((tokens + row + 1, -(-(columns + GUARD) // 16) * 16), dtype, kernel_device)
+            for columns, dtype in ((high, torch.float16), (low, torch.int8))
+        ]
+        outputs.append((outs, (high, low)))
+        on = [case.on_device(x) for x in (case.classes[:rank], centroid, scale, bias)]
+        groups.append(rans.LevelGroup(*on, *outs, wide, first))
+        expected.append((symbols, centroid, scale, bias, wide, first))
+    factors = g.choice([0.25, 0.5946, 1.0, 2.0], (len(ranks), tokens)).astype(np.float32)
+    starts, at = [], 0
+    for own_words, own_lengths in zip(words, lengths, strict=True):
+        # A lane that is not there has words all the same.
+        full = own_lengths.copy()
+        full[:split] = -1
+        sizes = np.where(full < 0, 0, full)
+        missing = len(own_words) - int(sizes.sum())
+        starts.append(at + missing + np.cumsum(sizes) - sizes)
+        starts[-1][:split] = at
+        at += len(own_words)
+    bad = poisoned((len(ranks), tokens * split + GUARD), torch.int32, kernel_device)
+    offsets = None if case.offsets is None else case.on_device(np.stack([case.offsets] * len(ranks)))
+    some = slice(1, None) if len(ranks) == 3 else slice(0, None)
     rans.decode_levels_device(
-        case.on_device(case.words.view(np.int16)), case.on_device(np.cumsum(case.lengths) - case.lengths),
-        case.on_device(lengths.astype(np.int32)), case.device_classes(), case.device_tables, wide_out[:-1],
-        narrow_out[:-1], bad, centroid=case.on_device(centroid), scale=case.on_device(scale),
-        bias=case.on_device(bias), factor=case.on_device(factor), wide_components=wide, **case.coding,
+        case.on_device(np.concatenate(words).view(np.int16)), case.on_device(np.stack(starts))[some],
+        case.on_device(np.stack(lengths).astype(np.int32))[some], case.device_tables, rans.LevelGroups.of(groups),
+        bad[some, :-GUARD], factors=case.on_device(factors)[some],
+        offsets=None if offsets is None else offsets[some], lanes_per_token=split, group=some.start, row=row,
     )  # fmt: skip
-    case.symbols[0] = 0
-    expected = reference.levels(case.symbols, centroid, scale, bias, wide, factor, case.first)
-    np.testing.assert_array_equal(bad.cpu().numpy(), 0)
-    for out, reference_levels, columns in zip((wide_out, narrow_out), expected, (high, low), strict=True):
-        found = out[:-1, :columns].cpu().numpy()
-        np.testing.assert_array_equal(found.view(np.uint8), np.ascontiguousarray(reference_levels).view(np.uint8))
-        assert untouched(out[-1:])
-        assert untouched(out[:, columns:])
+    assert untouched(bad[:, -GUARD:])
+    for i, ((outs, columns), (symbols, *rest, first)) in enumerate(zip(outputs, expected, strict=True)):
+        if i < some.start:
+            assert all(untouched(out) for out in outs)
+            continue
+        np.testing.assert_array_equal(bad[i, :-GUARD].cpu().numpy(), 0)
+        symbols[0] = 0
+        wanted = reference.levels(symbols, *rest, factors[i], first)
+        for out, levels, count in zip(outs, wanted, columns, strict=True):
+            found = out[row : row + tokens, :count].cpu().numpy()
+            np.testing.assert_array_equal(found.view(np.uint8), np.ascontiguousarray(levels).view(np.uint8))
+            assert untouched(out[:row])
+            assert untouched(out[row + tokens :])
+            assert untouched(out[:, count:])
 
 
 def verdicts(case: Case, words: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -305,32 +333,49 @@ def test_refusals(kernel_device):
     assert untouched(words)
     assert untouched(lengths)
 
-    def levels(told: str, **changes) -> None:
-        zeros = {
-            "centroid": torch.zeros(20),
-            "scale": torch.zeros(20).int(),
-            "bias": torch.zeros(20).int(),
-            "factor": torch.ones(4),
-        }
-        arguments = {
-            "words": words[0], "starts": torch.zeros(8, dtype=torch.int64), "lengths": lengths, "classes": classes,
-            "tables": case.device_tables, "wide": torch.zeros(4, 16).half(),
-            "narrow": torch.zeros(4, 4, dtype=torch.int8), "bad": lengths.clone(), "wide_components": 16, **zeros,
-            **case.coding, "first": 3,
+    def groups(told: str, **changes) -> None:
+        fields = {
+            "classes": classes.to(torch.uint8), "centroid": torch.zeros(20), "scale": torch.zeros(20).int(),
+            "bias": torch.zeros(20).int(), "wide": torch.zeros(4, 16).half(),
+            "narrow": torch.zeros(4, 16, dtype=torch.int8), "wide_components": 16, "first": 3,
         } | changes  # fmt: skip
-        on = {k: v.to(kernel_device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        on = {k: v.to(kernel_device) if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
         with pytest.raises(ConfigError, match=told):
-            rans.decode_levels_device(**on)
+            rans.LevelGroups.of([rans.LevelGroup(**on)])
 
-    levels("wide_components is 8", wide_components=8)
-    levels("at least first = 17", first=17)
-    levels("wide must be", wide=torch.zeros(4, 15).half())
-    levels("narrow must be", narrow=torch.zeros(4, 3, dtype=torch.int8))
-    levels("scale must be", scale=torch.zeros(20))
-    levels("centroid must be", centroid=torch.zeros(19))
-    levels("factor must be", factor=torch.ones(3))
-    levels("starts must be", starts=torch.zeros(8, dtype=torch.int32))
-    levels("bad must be", bad=torch.zeros(9, dtype=torch.int32))
+    groups("wide_components is 8", wide_components=8)
+    groups("at least first = 17", first=17)
+    groups("wide must be", wide=torch.zeros(4, 15).half())
+    groups("narrow must be", narrow=torch.zeros(4, 3, dtype=torch.int8))
+    groups("narrow's rows must start", narrow=torch.zeros(4, 4, dtype=torch.int8))
+    groups("scale must be", scale=torch.zeros(20))
+    groups("centroid must be", centroid=torch.zeros(19))
+
+    level_group = rans.LevelGroup(
+        *(x.to(kernel_device) for x in (
+            classes.to(torch.uint8), torch.zeros(20), torch.zeros(20).int(), torch.zeros(20).int(),
+            torch.zeros(4, 16).half(), torch.zeros(4, 16, dtype=torch.int8),
+        )), 16, 3,
+    )  # fmt: skip
+
+    def levels(told: str, row: int = 0, **changes) -> None:
+        arguments = {
+            "starts": torch.zeros(1, 8, dtype=torch.int64), "lengths": torch.zeros(1, 8).int(),
+            "bad": torch.zeros(1, 8).int(), "factors": torch.ones(1, 4),
+        } | changes  # fmt: skip
+        on = {k: v.to(kernel_device) for k, v in arguments.items()}
+        with pytest.raises(ConfigError, match=told):
+            rans.decode_levels_device(
+                words[0], tables=case.device_tables, groups=rans.LevelGroups.of([level_group]), row=row,
+                lanes_per_token=2, **on,
+            )  # fmt: skip
+
+    levels("factors must be", factors=torch.ones(1, 3))
+    levels("lengths must be", lengths=torch.zeros(1, 7).int())
+    levels("bad must be", bad=torch.zeros(1, 9).int())
+    levels("rows 1 to 5", row=1)
+    levels("layer groups 0 to 2", starts=torch.zeros(2, 8, dtype=torch.int64), lengths=torch.zeros(2, 8).int(),
+           bad=torch.zeros(2, 8).int(), factors=torch.ones(2, 4))  # fmt: skip
 
 
 def test_a_cpu_tensor_is_refused_where_kernels_are_real(monkeypatch):
@@ -352,13 +397,13 @@ from dynamo_kvtc.ops.rans import triton as kernels
 POINTERS = dict(
     words="i16", starts="i64", lengths="i32", offsets="i8", classes="u8", lut="i32", coarse="i32", slots="u8",
     shift="i32", symbols="i16", wide="fp16", narrow="i8", bad="i32", centroid="fp32", scale="i32", bias="i32",
-    factors="fp32",
+    factors="fp32", places="i64",
     skip="u8", table="i64",
 )
-DECODE = dict(BLOCK=32, WIDE_GROUPS=1, OFFSETS=True, COARSE=True)
+DECODE = dict(BLOCK=32, OFFSETS=True, COARSE=True)
 for kernel, constants in [
-    (kernels.decode_kernel, dict(DECODE, S=4, GROUPS=1, LEVELS=True)),
-    (kernels.decode_kernel, dict(DECODE, S=1, GROUPS=4, LEVELS=False)),
+    (kernels.decode_levels_kernel, dict(DECODE, S=4, GROUPS=1)),
+    (kernels.decode_symbols_kernel, dict(DECODE, S=1, GROUPS=4)),
     (kernels.encode_kernel, dict(BLOCK=32, S=4, OFFSETS=True, SKIP=True)),
 ]:
     types = {n: "*" + POINTERS[n] if n in POINTERS else "i32" for n in kernel.arg_names}
@@ -376,6 +421,11 @@ def test_the_kernels_compile_for_hopper(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=root, timeout=300)
-    assert done.stdout.split() == ["decode_kernel", "True", "decode_kernel", "True", "encode_kernel", "True"], (
-        done.stderr[-2000:]
-    )
+    assert done.stdout.split() == [
+        "decode_levels_kernel",
+        "True",
+        "decode_symbols_kernel",
+        "True",
+        "encode_kernel",
+        "True",
+    ], done.stderr[-2000:]

@@ -82,11 +82,13 @@ def judge(
     bad: Tensor, first: Tensor, counts: Tensor, status: Tensor, slots: Tensor, chosen: Tensor, split: int, most: int
 ) -> None:
     """status becomes BAD_LANE for sound blocks with a bad lane; then chosen int64 [T] is the slot for coded tokens of
-    sound blocks, -1 for the others. bad: int32 [T * S]; slots: int64 [T]."""
+    sound blocks, -1 for the others. bad: int32 [G, T * S], of G layer groups; slots: int64 [T]."""
     from dynamo_kvtc.ops.lanes import triton as kernels
 
     tokens = kernels.power(most)
-    kernels.judge[(len(first),)](bad, first, counts, status, slots, chosen, split, tokens * split, tokens)
+    kernels.judge[(len(first),)](
+        bad, bad.stride(0), len(bad), first, counts, status, slots, chosen, split, tokens * split, tokens
+    )
 
 
 def select(status: Tensor, block_of: Tensor, slots: Tensor, chosen: Tensor) -> None:

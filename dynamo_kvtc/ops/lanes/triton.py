@@ -132,14 +132,19 @@ def _read(data, base, size, crc, expected, first, counts, status, shrink, starts
 
 
 @triton.jit
-def _judge(bad, first, counts, status, slots, chosen, S: tl.constexpr, LANES: tl.constexpr,
+def _judge(bad, stride, groups, first, counts, status, slots, chosen, S: tl.constexpr, LANES: tl.constexpr,
            TOKENS: tl.constexpr):  # fmt: skip
     """status = 3 for a block with a bad lane; then chosen of its tokens."""
     block = tl.program_id(0)
     begin = tl.load(first + block)
     count = tl.load(counts + block)
     lane = tl.arange(0, LANES)
-    found = tl.max(tl.load(bad + begin.to(tl.int64) * S + lane, mask=lane < count * S, other=0))
+    at = bad + begin.to(tl.int64) * S + lane
+    worst = tl.zeros((LANES,), tl.int32)
+    for _ in range(groups):
+        worst = tl.maximum(worst, tl.load(at, mask=lane < count * S, other=0))
+        at += stride
+    found = tl.max(worst)
     before = tl.load(status + block)
     after = tl.where((before == 0) & (found != 0), 3, before)
     tl.store(status + block, after)

@@ -26,7 +26,13 @@ from numpy.typing import NDArray
 
 from dynamo_kvtc.errors import ConfigError, RecordCorruptError
 from dynamo_kvtc.ops.rans import reference
-from dynamo_kvtc.ops.rans.device import decode_levels_device, decode_symbols_device, encode_lanes_device
+from dynamo_kvtc.ops.rans.device import (
+    LevelGroup,
+    LevelGroups,
+    decode_levels_device,
+    decode_symbols_device,
+    encode_lanes_device,
+)
 from dynamo_kvtc.ops.rans.tables import (
     LANES_PER_TOKEN,
     MAX_CLASSES,
@@ -46,6 +52,8 @@ __all__ = [
     "STATE_WORDS",
     "ClassTables",
     "DeviceTables",
+    "LevelGroup",
+    "LevelGroups",
     "cross_entropy_bits",
     "decode_lanes",
     "decode_levels_device",

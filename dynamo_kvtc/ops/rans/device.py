@@ -8,6 +8,8 @@ outside it.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -87,62 +89,133 @@ def decode_symbols_device(
     lanes = _streams(words, starts, lengths, classes, tables, bad, offsets, first, lanes_per_token)
     _matrix("symbols", symbols, (torch.int16,), lanes // lanes_per_token, classes.shape[0])
     _same_device(words, starts, lengths, classes, tables.decode, symbols, bad, offsets)
-    if lanes:
-        _decode(words, starts, lengths, classes, tables, bad, offsets, first, lanes_per_token, symbols=symbols)
+    if not lanes:
+        return
+    from dynamo_kvtc.ops.rans import triton as kernels
+
+    kernels.decode_symbols_kernel[(-(-lanes // BLOCK_LANES),)](
+        _raw(words), words.shape[0], starts, lengths, offsets if offsets is not None else classes, classes,
+        tables.decode, tables.coarse, tables.slots, tables.shift, symbols, symbols.stride(0), bad,
+        lanes // lanes_per_token, classes.shape[0], first, tables.classes - 1, tables.alphabet, BLOCK=BLOCK_LANES,
+        S=lanes_per_token, GROUPS=_least_groups(lanes_per_token), OFFSETS=offsets is not None, COARSE=COARSE,
+        num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LevelGroup:
+    """One layer group of R components for ``decode_levels_device``: classes uint8, centroid float32, scale and bias
+    int32 [R], in 2**-16 levels; wide float16 [T, min(W, R) or more], narrow int8 [T, max(R - W, 0) or more], outputs,
+    rows at multiples of 16 bytes; wide_components: W, a multiple of 16, at least ``first``."""
+
+    classes: Tensor
+    centroid: Tensor
+    scale: Tensor
+    bias: Tensor
+    wide: Tensor
+    narrow: Tensor
+    wide_components: int
+    first: int
+
+
+@dataclass(frozen=True)
+class LevelGroups:
+    """Where the levels of G layer groups go, and what becomes of a symbol: built once, checked once.
+
+    places: int64 [G, 11] on the device; tokens: rows that the outputs have.
+    """
+
+    places: Tensor
+    tokens: int
+    _kept: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, groups: Sequence[LevelGroup]) -> LevelGroups:
+        """Raises ConfigError for other dtypes or shapes, or outputs with rows not at multiples of 16 bytes."""
+        rows, tokens = [], len(groups[0].wide)
+        for g in groups:
+            rank, width = len(g.classes), g.wide_components
+            if width % _WIDE_STEP or not g.first <= width <= _INT32_MAX:
+                raise ConfigError(
+                    f"wide_components is {width}; it must be a multiple of {_WIDE_STEP}, at least first = {g.first}"
+                )
+            _vector("classes", g.classes, (torch.uint8,), rank)
+            _vector("centroid", g.centroid, (torch.float32,), rank)
+            _vector("scale", g.scale, (torch.int32,), rank)
+            _vector("bias", g.bias, (torch.int32,), rank)
+            _matrix("wide", g.wide, (torch.float16,), tokens, min(width, rank))
+            _matrix("narrow", g.narrow, (torch.int8,), tokens, max(rank - width, 0))
+            for name, x in (("wide", g.wide), ("narrow", g.narrow)):
+                if x.data_ptr() % 16 or x.stride(0) * x.itemsize % 16:
+                    raise ConfigError(f"{name}'s rows must start at multiples of 16 bytes; strides {x.stride()}")
+            _same_device(g.classes, g.centroid, g.scale, g.bias, g.wide, g.narrow)
+            rows.append(
+                [g.classes.data_ptr(), g.centroid.data_ptr(), g.scale.data_ptr(), g.bias.data_ptr(), g.wide.data_ptr(),
+                 g.wide.stride(0), g.narrow.data_ptr(), g.narrow.stride(0), rank, width, g.first]
+            )  # fmt: skip
+        kept = tuple(x for g in groups for x in (g.classes, g.centroid, g.scale, g.bias, g.wide, g.narrow))
+        return cls(torch.tensor(rows, dtype=torch.int64).to(groups[0].wide.device), tokens, kept)
 
 
 def decode_levels_device(
     words: Tensor,
     starts: Tensor,
     lengths: Tensor,
-    classes: Tensor,
     tables: DeviceTables,
-    wide: Tensor,
-    narrow: Tensor,
+    groups: LevelGroups,
     bad: Tensor,
     *,
-    centroid: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    factor: Tensor,
-    wide_components: int,
+    factors: Tensor,
     offsets: Tensor | None = None,
-    first: int = 0,
     lanes_per_token: int = 1,
+    group: int = 0,
+    row: int = 0,
 ) -> None:
-    """Decode straight to the inverse transform's operands; ``reference.levels`` is the same on the CPU.
+    """Decode straight to the inverse transform's operands, layer groups from ``group`` on side by side;
+    ``reference.levels`` is the same on the CPU.
 
-    The first W = wide_components (a multiple of 16, at least ``first``) components go to ``wide``, the others to
-    ``narrow``; with q a component's symbol, and 0 wherever q is 0:
+    starts: int64, lengths: int32, bad (out): int32 [G, T * S]; factors: float32, offsets: int8 [G, T]: as for
+    ``decode_symbols_device``, any row stride. Token i's levels go to row ``row`` + i. With q a component's symbol, and
+    0 wherever q is 0:
 
-    wide (out): float16 [T, min(W, R) or more], sign(q) * (|q| - centroid[j]), from component ``first`` on times factor,
-        computed in float32, its magnitude 65504 at most.
-    narrow (out): int8 [T, max(R - W, 0) or more], column j - W:
-        sign(q) * clamp((min(|q|, 2047) * scale[j] - bias[j] + 32768) >> 16, 0, 127) in int32.
-    Any row stride; further columns are left alone. bad (out) and the other arguments as for ``decode_symbols_device``.
-    centroid: float32 [R]; factor: float32 [T]; scale, bias: int32 [R], in 2**-16 levels; the int32 arithmetic must not
-    overflow.
+    wide (out): sign(q) * (|q| - centroid[j]), from component ``first`` on times the token's factor, computed in
+        float32, its magnitude 65504 at most.
+    narrow (out): column j - W: sign(q) * clamp((min(|q|, 2047) * scale[j] - bias[j] + 32768) >> 16, 0, 127) in int32,
+        which must not overflow.
+    Further columns are left alone.
     """
-    lanes = _streams(words, starts, lengths, classes, tables, bad, offsets, first, lanes_per_token)
-    rank = classes.shape[0]
-    if wide_components % _WIDE_STEP or not first <= wide_components <= _INT32_MAX:
+    count, lanes = starts.shape if starts.dim() == 2 else (0, -1)
+    tokens = lanes // lanes_per_token if lanes_per_token > 0 else 0
+    _check_lanes(words, lanes_per_token)
+    _vector("words", words, _WORDS, words.shape[0])
+    for name, x, dtype, columns in (
+        ("starts", starts, torch.int64, tokens * lanes_per_token),
+        ("lengths", lengths, torch.int32, tokens * lanes_per_token),
+        ("bad", bad, torch.int32, tokens * lanes_per_token), ("factors", factors, torch.float32, tokens),
+        *([] if offsets is None else [("offsets", offsets, torch.int8, tokens)]),
+    ):  # fmt: skip
+        if x.dtype != dtype or x.shape != (count, columns) or (x.shape[1] > 1 and x.stride(1) != 1):
+            raise ConfigError(f"{name} must be {dtype} [{count}, {columns}]; got {x.dtype} {tuple(x.shape)}")
+    if not 0 <= row <= groups.tokens - tokens or not 0 <= group <= len(groups.places) - count:
         raise ConfigError(
-            f"wide_components is {wide_components}; it must be a multiple of {_WIDE_STEP}, at least first = {first}"
+            f"rows {row} to {row + tokens} of layer groups {group} to {group + count} are asked for; there are "
+            f"{groups.tokens} and {len(groups.places)}"
         )
-    _matrix("wide", wide, (torch.float16,), lanes // lanes_per_token, min(wide_components, rank))
-    _matrix("narrow", narrow, (torch.int8,), lanes // lanes_per_token, max(rank - wide_components, 0))
-    _vector("centroid", centroid, (torch.float32,), rank)
-    _vector("factor", factor, (torch.float32,), lanes // lanes_per_token)
-    _vector("scale", scale, (torch.int32,), rank)
-    _vector("bias", bias, (torch.int32,), rank)
-    _same_device(
-        words, starts, lengths, classes, tables.decode, wide, narrow, bad, centroid, scale, bias, factor, offsets
-    )
-    if lanes:
-        _decode(
-            words, starts, lengths, classes, tables, bad, offsets, first, lanes_per_token,
-            levels=(wide, narrow, centroid, scale, bias, factor), wide_components=wide_components,
-        )  # fmt: skip
+    if tokens * lanes_per_token > _MOST:
+        raise ConfigError(f"{tokens} tokens are too many for one call: use several")
+    _same_device(words, starts, lengths, tables.decode, groups.places, bad, factors, offsets)
+    if not count or not tokens:
+        return
+    from dynamo_kvtc.ops.rans import triton as kernels
+
+    shifts = factors if offsets is None else offsets
+    kernels.decode_levels_kernel[(-(-lanes // BLOCK_LANES), count)](
+        _raw(words), words.shape[0], starts, lengths, shifts, factors, bad, starts.stride(0), lengths.stride(0),
+        shifts.stride(0), factors.stride(0), bad.stride(0), groups.places[group:], row, tables.decode, tables.coarse,
+        tables.slots, tables.shift, tokens, tables.classes - 1, tables.alphabet, BLOCK=BLOCK_LANES, S=lanes_per_token,
+        GROUPS=_least_groups(lanes_per_token), OFFSETS=offsets is not None, COARSE=COARSE, num_warps=1,
+        enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def _encode(
@@ -159,26 +232,9 @@ def _encode(
     )  # fmt: skip
 
 
-def _decode(
-    words: Tensor, starts: Tensor, lengths: Tensor, classes: Tensor, tables: DeviceTables, bad: Tensor,
-    offsets: Tensor | None, first: int, split: int, symbols: Tensor | None = None,
-    levels: tuple[Tensor, ...] | None = None, wide_components: int = 0, block: int = BLOCK_LANES, groups: int = 0,
-    coarse: bool = COARSE,
-) -> None:  # fmt: skip
-    from dynamo_kvtc.ops.rans import triton as kernels
-
-    # Chunks of at least 16 components: 16 bytes of a row at a time, and the wide ones are a multiple of that.
-    least = max(1, _WIDE_STEP // (4 * split))
-    # An output that is not asked for is never touched: any tensor stands in for it.
-    out = symbols if symbols is not None else bad
-    wide, narrow, centroid, scale, bias, factor = levels if levels is not None else (bad,) * 6
-    kernels.decode_kernel[(-(-len(lengths) // block),)](
-        _raw(words), words.shape[0], starts, lengths, offsets if offsets is not None else classes, classes,
-        tables.decode, tables.coarse, tables.slots, tables.shift, out, out.stride(0), wide, wide.stride(0), narrow,
-        narrow.stride(0), bad, centroid, scale, bias, factor, len(lengths) // split, classes.shape[0], wide_components,
-        first, tables.classes - 1, tables.alphabet, BLOCK=block, S=split, GROUPS=groups or least, WIDE_GROUPS=least,
-        LEVELS=levels is not None, OFFSETS=offsets is not None, COARSE=coarse, num_warps=1, enable_fp_fusion=False,
-    )  # fmt: skip
+def _least_groups(split: int) -> int:
+    """Chunks of at least 16 components: 16 bytes of a row at a time, and the wide ones are a multiple of that."""
+    return max(1, _WIDE_STEP // (4 * split))
 
 
 def _raw(x: Tensor) -> Tensor:
@@ -205,10 +261,7 @@ def _common(
     tokens: int,
 ) -> int:  # fmt: skip
     """Number of lanes, once what all three functions take is checked."""
-    if lanes_per_token not in LANES_PER_TOKEN:
-        raise ConfigError(f"lanes_per_token is {lanes_per_token}; it must be one of {LANES_PER_TOKEN}")
-    if not on.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(f"no kernels for tensors on {on.device}: use encode_lanes or decode_lanes on numpy arrays")
+    _check_lanes(on, lanes_per_token)
     _vector("classes", classes, _CLASSES, classes.shape[0])
     if offsets is not None:
         _vector("offsets", offsets, (torch.int8,), tokens)
@@ -218,6 +271,13 @@ def _common(
     if tokens * lanes_per_token > _MOST or classes.shape[0] > _MOST:
         raise ConfigError(f"{tokens} tokens of {classes.shape[0]} components are too many for one call: use several")
     return tokens * lanes_per_token
+
+
+def _check_lanes(on: Tensor, lanes_per_token: int) -> None:
+    if lanes_per_token not in LANES_PER_TOKEN:
+        raise ConfigError(f"lanes_per_token is {lanes_per_token}; it must be one of {LANES_PER_TOKEN}")
+    if not on.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(f"no kernels for tensors on {on.device}: use encode_lanes or decode_lanes on numpy arrays")
 
 
 def _vector(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], size: int) -> None:

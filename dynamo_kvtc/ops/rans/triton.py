@@ -200,49 +200,87 @@ def _components(x, p, ahead, base, end, active, exists, token, own, lane0, token
     return x, p, ahead
 
 
-@triton.jit(do_not_specialize=["total", "rank", "tokens", "first", "top", "alphabet"])
-def decode_kernel(
-    words, total, starts, lengths, offsets, classes, lut, coarse, slots, shift, symbols, symbols_stride, wide,
-    wide_stride, narrow, narrow_stride, bad, centroid, scale, bias, factors, tokens, rank, wide_components, first, top,
-    alphabet, BLOCK: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, WIDE_GROUPS: tl.constexpr,
-    LEVELS: tl.constexpr, OFFSETS: tl.constexpr, COARSE: tl.constexpr,
-):  # fmt: skip
-    lane0 = tl.program_id(0) * BLOCK
-    lane = lane0 + tl.arange(0, BLOCK)
-    token = lane // S
-    own = lane % S
-    exists = token < tokens
+@triton.jit
+def _open(words, total, starts, lengths, lane, exists):
+    """Each lane's words and its state: base, end, which are active, which are broken, x, p, the word ahead."""
     start = tl.load(starts + lane, mask=exists, other=0)
     length = tl.load(lengths + lane, mask=exists, other=0)
     inside = (start >= 0) & (length >= 0) & (start <= total - length)
     active = exists & inside & (length > 0)
     base = words + tl.where(active, start, 0)
     end = tl.where(active, length, 0)
+    high = _unsigned(tl.load(base, mask=active, other=1))
+    x = (high << 16) | _unsigned(tl.load(base + 1, mask=end > 1, other=0))
+    broken = (active & (x < 65536)) | (exists & (inside == 0))
+    ahead = tl.load(base + 2, mask=end > 2, other=0)
+    return base, end, active, broken, x, tl.full(lane.shape, 2, tl.int32), ahead
+
+
+@triton.jit
+def _close(bad, lane, exists, active, broken, x, p, end):
+    # A lane that asked for a word it does not have has counted it: p is then beyond its end.
+    tl.store(bad + lane, (broken | (active & ((p != end) | (x != 65536)))).to(tl.int32), mask=exists)
+
+
+@triton.jit(do_not_specialize=["total", "rank", "tokens", "first", "top", "alphabet"])
+def decode_symbols_kernel(
+    words, total, starts, lengths, offsets, classes, lut, coarse, slots, shift, symbols, stride, bad, tokens, rank,
+    first, top, alphabet, BLOCK: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, OFFSETS: tl.constexpr,
+    COARSE: tl.constexpr,
+):  # fmt: skip
+    lane0 = tl.program_id(0) * BLOCK
+    lane = lane0 + tl.arange(0, BLOCK)
+    token, own = lane // S, lane % S
+    exists = token < tokens
+    base, end, active, broken, x, p, ahead = _open(words, total, starts, lengths, lane, exists)
     offset = tl.zeros_like(token)
     if OFFSETS:
         offset = tl.load(offsets + token, mask=exists, other=0).to(tl.int32)
+    x, p, ahead = _components(x, p, ahead, base, end, active, exists, token, own, lane0, tokens, 0, rank, offset, first,
+                              top, classes, lut, coarse, slots, shift, alphabet, symbols, stride, bad, bad, bad, bad,
+                              BLOCK, S, GROUPS, _SYMBOLS, COARSE)  # fmt: skip
+    _close(bad, lane, exists, active, broken, x, p, end)
 
-    high = _unsigned(tl.load(base, mask=active, other=1))
-    x = (high << 16) | _unsigned(tl.load(base + 1, mask=end > 1, other=0))
-    broken = x < 65536
-    p = tl.full([BLOCK], 2, tl.int32)
-    ahead = tl.load(base + 2, mask=end > 2, other=0)
-    if LEVELS:
-        x, p, ahead = _components(x, p, ahead, base, end, active, exists, token, own, lane0, tokens, 0,
-                                  tl.minimum(wide_components, rank), offset, first, top, classes, lut, coarse, slots,
-                                  shift, alphabet, wide, wide_stride, centroid, scale, bias, factors, BLOCK, S,
-                                  WIDE_GROUPS, _WIDE, COARSE)  # fmt: skip
-        x, p, ahead = _components(x, p, ahead, base, end, active, exists, token, own, lane0, tokens, wide_components,
-                                  rank - wide_components, offset, first, top, classes, lut, coarse, slots, shift,
-                                  alphabet, narrow, narrow_stride, centroid, scale, bias, factors, BLOCK, S, GROUPS,
-                                  _NARROW, COARSE)  # fmt: skip
-    else:
-        x, p, ahead = _components(x, p, ahead, base, end, active, exists, token, own, lane0, tokens, 0, rank, offset,
-                                  first, top, classes, lut, coarse, slots, shift, alphabet, symbols, symbols_stride,
-                                  centroid, scale, bias, factors, BLOCK, S, GROUPS, _SYMBOLS, COARSE)  # fmt: skip
-    # A lane that asked for a word it does not have has counted it: p is then beyond its end.
-    wrong = active & (broken | (p != end) | (x != 65536))
-    tl.store(bad + lane, (wrong | (exists & ~inside)).to(tl.int32), mask=exists)
+
+@triton.jit(do_not_specialize=["total", "row", "tokens", "top", "alphabet"])
+def decode_levels_kernel(
+    words, total, starts, lengths, offsets, factors, bad, stride_starts, stride_lengths, stride_offsets, stride_factors,
+    stride_bad, places, row, lut, coarse, slots, shift, tokens, top, alphabet, BLOCK: tl.constexpr, S: tl.constexpr,
+    GROUPS: tl.constexpr, OFFSETS: tl.constexpr, COARSE: tl.constexpr,
+):  # fmt: skip
+    """Program (i, g): lanes of layer group g, whose operands ``places`` names (``LevelGroups``)."""
+    group = tl.program_id(1).to(tl.int64)
+    place = places + group * 11
+    classes = tl.load(place).to(tl.pointer_type(tl.uint8))
+    centroid = tl.load(place + 1).to(tl.pointer_type(tl.float32))
+    scale = tl.load(place + 2).to(tl.pointer_type(tl.int32))
+    bias = tl.load(place + 3).to(tl.pointer_type(tl.int32))
+    # Rows start at multiples of 16 bytes.
+    wide_stride, narrow_stride = tl.multiple_of(tl.load(place + 5), 8), tl.multiple_of(tl.load(place + 7), 16)
+    wide = tl.multiple_of(tl.load(place + 4).to(tl.pointer_type(tl.float16)), 8) + row * wide_stride
+    narrow = tl.multiple_of(tl.load(place + 6).to(tl.pointer_type(tl.int8)), 16) + row * narrow_stride
+    rank, width = tl.load(place + 8).to(tl.int32), tl.load(place + 9).to(tl.int32)
+    first = tl.load(place + 10).to(tl.int32)
+
+    lane0 = tl.program_id(0) * BLOCK
+    lane = lane0 + tl.arange(0, BLOCK)
+    token, own = lane // S, lane % S
+    exists = token < tokens
+    base, end, active, broken, x, p, ahead = _open(
+        words, total, starts + group * stride_starts, lengths + group * stride_lengths, lane, exists
+    )
+    offset = tl.zeros_like(token)
+    if OFFSETS:
+        offset = tl.load(offsets + group * stride_offsets + token, mask=exists, other=0).to(tl.int32)
+    factor = factors + group * stride_factors
+    x, p, ahead = _components(x, p, ahead, base, end, active, exists, token, own, lane0, tokens, 0,
+                              tl.minimum(width, rank), offset, first, top, classes, lut, coarse, slots, shift, alphabet,
+                              wide, wide_stride, centroid, scale, bias, factor, BLOCK, S, GROUPS, _WIDE,
+                              COARSE)  # fmt: skip
+    x, p, ahead = _components(x, p, ahead, base, end, active, exists, token, own, lane0, tokens, width, rank - width,
+                              offset, first, top, classes, lut, coarse, slots, shift, alphabet, narrow, narrow_stride,
+                              centroid, scale, bias, factor, BLOCK, S, GROUPS, _NARROW, COARSE)  # fmt: skip
+    _close(bad + group * stride_bad, lane, exists, active, broken, x, p, end)
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------
