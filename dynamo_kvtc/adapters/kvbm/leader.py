@@ -4,7 +4,8 @@ does not expect put right before it gets there:
 - a request that must not be cached (opt-out, multi-modal, prompt embeddings, a failed load) is not shown to the leader;
 - a request that vLLM asks about again in another state (preempted, or its allocation failed and its local hit has
   changed) gets a fresh slot: the leader refuses the first and would answer the second with stale matches;
-- a resumed request is shown as a new one, which is what a fresh slot expects.
+- a resumed request is shown as a new one, which is what a fresh slot expects;
+- blocks that a request already has are not told to the leader twice.
 
 Beside KVBM's metadata it keeps each request's device blocks in order, for ``step.encode_ours``.
 """
@@ -33,7 +34,7 @@ OPT_OUT = "kvtc"
 
 
 def opted_out(request: Any) -> bool:
-    """Whether the request must not be shown to the leader. An unknown value opts out, too: it must not crash a server."""
+    """Whether the leader must not see the request. An unknown value opts out, too: it must not crash a server."""
     wish = (request.kv_transfer_params or {}).get(OPT_OUT, "on")
     if wish not in ("on", "off"):
         log.warning(
@@ -104,9 +105,13 @@ class Leader(KvConnectorLeader):
             ids = ids[: first + num_external_tokens // self._block_tokens]
             self._loading[request_id] = ids[first:]
             self._new_loads.add(request_id)
-        self._tables[request_id] = ids
+        # vLLM names all blocks each time; the leader appends what it is told, and would take the second round's first
+        # blocks for those behind the first round's: it then stores other blocks than it says.
+        told = self._tables.get(request_id, []) if self._asked[request_id] == -1 else []
+        new = ids[len(told) :] if ids[: len(told)] == told else ids
+        self._tables[request_id] = told + new
         self._asked[request_id] = -1
-        self._connector.update_state_after_alloc(request_id, ids, num_external_tokens)
+        self._connector.update_state_after_alloc(request_id, new, num_external_tokens)
 
     def build_metadata(self, scheduler_output: Any) -> tuple[bytes, bytes]:
         """KVBM's metadata and ours for this step."""

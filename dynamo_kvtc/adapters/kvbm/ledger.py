@@ -17,81 +17,18 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from dynamo_kvtc.adapters.kvbm import protocol
+from dynamo_kvtc.adapters.kvbm.actions import Action, Answer, Capacity, Demotion, Move, OpenOperation, Running
 from dynamo_kvtc.adapters.kvbm.mover import BlockMove, MoveRequest
 from dynamo_kvtc.adapters.kvbm.protocol import Message, Pool, Transfer
-from dynamo_kvtc.adapters.kvbm.step import Operation, Step
+from dynamo_kvtc.adapters.kvbm.step import Step
 from dynamo_kvtc.errors import EngineProtocolError, EngineTimeoutError
 
 _VOIDS_KEPT = 1 << 16
 _GRACE_SECONDS = 5.0
 """What a mover may be late by before its load is called stuck: its own clock and ours are not read at once."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Frames for the leader."""
-
-    frames: list[bytes]
-
-
-@dataclass(frozen=True)
-class Capacity:
-    host_blocks: int
-    disk_blocks: int
-
-
-@dataclass(frozen=True)
-class Move:
-    """A store or a load for the mover; ``done(token, failed target ids)`` when it has ended."""
-
-    token: int
-    load: bool
-    request: MoveRequest
-
-
-@dataclass(frozen=True)
-class Demotion:
-    token: int
-    pairs: tuple[tuple[int, int], ...]
-
-
-Action = Answer | Capacity | Move | Demotion
-
-
-@dataclass
-class _Operation:
-    """Two halves and a life. ``token`` is set once the mover has it."""
-
-    request_id: str
-    uuid: str
-    load: bool
-    born: float
-    message_id: int | None = None
-    transfer: Transfer | None = None
-    operation: Operation | None = None
-    released: bool = False
-    fence: Any = None
-    token: int | None = None
-
-    @property
-    def half_missing(self) -> bool:
-        return self.transfer is None or self.operation is None
-
-
-@dataclass
-class _Running:
-    """What the mover is doing. ``pool``, ``targets``: of what is not present unless it succeeds."""
-
-    message_id: int
-    deadline: float
-    pool: Pool
-    targets: tuple[int, ...]
-    already_failed: frozenset[int]
-    operation: _Operation | None
 
 
 class Ledger:
@@ -108,8 +45,8 @@ class Ledger:
         """Actions in the order in which they must be done; whoever holds the socket takes them out."""
         self.counts: defaultdict[str, int] = defaultdict(int)
         self.present: dict[Pool, set[int]] = {Pool.HOST: set(), Pool.DISK: set()}
-        self._operations: dict[str, _Operation] = {}
-        self._running: dict[int, _Running] = {}
+        self._operations: dict[str, OpenOperation] = {}
+        self._running: dict[int, Running] = {}
         self._tokens = 0
         self._void: OrderedDict[str, None] = OrderedDict()
         self._waiting_blocks: dict[str, tuple[int, ...]] = {}
@@ -292,15 +229,15 @@ class Ledger:
 
     # Inside
 
-    def _half(self, uuid: str, request_id: str, load: bool, now: float) -> _Operation:
+    def _half(self, uuid: str, request_id: str, load: bool, now: float) -> OpenOperation:
         op = self._operations.get(uuid)
         if op is None:
-            op = self._operations[uuid] = _Operation(request_id, uuid, load, now)
+            op = self._operations[uuid] = OpenOperation(request_id, uuid, load, now)
         if (op.request_id, op.load) != (request_id, load):
             raise EngineProtocolError(f"the halves of operation {uuid} do not agree: {op.request_id!r}, {request_id!r}")
         return op
 
-    def _start(self, op: _Operation, now: float) -> None:
+    def _start(self, op: OpenOperation, now: float) -> None:
         if not op.released or op.transfer is None or op.operation is None or op.message_id is None:
             return
         transfer, positions = op.transfer, op.operation.positions
@@ -329,16 +266,14 @@ class Ledger:
         pool: Pool,
         targets: Iterable[int],
         failed: frozenset[int],
-        op: _Operation | None,
+        op: OpenOperation | None,
         now: float,
     ) -> int:
         self._tokens += 1
-        self._running[self._tokens] = _Running(
-            message_id, now + self.transfer_seconds, pool, tuple(targets), failed, op
-        )
+        self._running[self._tokens] = Running(message_id, now + self.transfer_seconds, pool, tuple(targets), failed, op)
         return self._tokens
 
-    def _give_up(self, op: _Operation) -> None:
+    def _give_up(self, op: OpenOperation) -> None:
         """An operation that has not begun. Its other half, should it come, finds it void."""
         self.counts["given_up"] += 1
         if op.message_id is not None:
@@ -350,7 +285,7 @@ class Ledger:
         known = [target for _, target in op.transfer.pairs] if op.transfer is not None else ()
         self._close(op, {*known, *self._waiting_blocks.get(op.request_id, ())} if op.load else set())
 
-    def _close(self, op: _Operation, failed: Collection[int]) -> None:
+    def _close(self, op: OpenOperation, failed: Collection[int]) -> None:
         del self._operations[op.uuid]
         if not op.load:
             return

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import socket
 import threading
 import time
@@ -19,7 +20,8 @@ from collections.abc import Callable, Collection
 import zmq
 
 from dynamo_kvtc.adapters.kvbm._compat import Endpoints
-from dynamo_kvtc.adapters.kvbm.ledger import Action, Answer, Capacity, Demotion, Ledger
+from dynamo_kvtc.adapters.kvbm.actions import Action, Answer, Capacity, Demotion
+from dynamo_kvtc.adapters.kvbm.ledger import Ledger
 from dynamo_kvtc.adapters.kvbm.mover import BlockMover, Done
 from dynamo_kvtc.adapters.kvbm.options import Options
 from dynamo_kvtc.adapters.kvbm.protocol import MAX_PAYLOAD_BYTES, decode_message
@@ -198,7 +200,7 @@ class KvbmWorker:
                 if self._ledger.outbox:
                     continue
             wait = _LONGEST_WAIT_SECONDS if next_tick is None else min(_LONGEST_WAIT_SECONDS, next_tick - now)
-            poller.poll(max(0.0, wait) * 1000)
+            poller.poll(max(0, math.ceil(wait * 1000)))
             with contextlib.suppress(BlockingIOError):
                 self._wake_read.recv(4096)
             self._receive(leader)

@@ -198,11 +198,37 @@ def aborted() -> dict[str, Any]:
     engine.step()
     assert engine.wait(lambda: "r1" in engine.loaded[0]), "the load is held for ever"
     return {"finished": finished, "held_seconds": held_seconds, "matched": list(matched),
-            "errors": sorted(engine.errors), "loaded": pages(engine, [20, 21, 22, 23])[0], **engine.close()}  # fmt: skip
+            "errors": sorted(engine.errors), "pages": pages(engine, [20, 21, 22, 23])[0],
+            **engine.close()}  # fmt: skip
+
+
+def second_alloc(second: tuple[int, ...] = (24, 25, 26)) -> dict[str, Any]:
+    """vLLM allocates twice for a request that is loaded, and names all its blocks each time. The leader appends what it
+    is told. Told the new blocks only, it stores the fifth and sixth block of the request."""
+    engine = Engine()
+    first = tokens_of(1, 64)
+    engine.prefill("r0", first, [10, 11, 12, 13], [100, 101, 102, 103])
+    engine.quiet()
+    longer = [*first, *tokens_of(2, 40)]
+    assert engine.match("s", longer) == (64, True)
+    engine.alloc("s", [20, 21, 22, 23], 64)
+    engine.step()
+    assert engine.wait(lambda: "s" in engine.loaded[0])
+    engine.leader.update_state_after_alloc("s", list(second), 0)
+    engine.tables["s"] = [20, 21, 22, 23, 24, 25, 26]
+    engine.step(new=[("s", longer, 64, 40)], compute={24: 300, 25: 301})
+    engine.quiet()
+    held = engine.ranks[0].mover.held[Pool.HOST]
+    return {"stored_positions": sorted(position for position, _ in held.values()), **engine.close()}
+
+
+def second_alloc_as_vllm_does() -> dict[str, Any]:
+    """Told all blocks again, it stores the first and second in their place: why leader.py filters."""
+    return second_alloc((20, 21, 22, 23, 24, 25, 26))
 
 
 def full_host() -> dict[str, Any]:
-    """More blocks in one prompt than the host pool has, and stores that are slow: what the leader skips holds nothing."""
+    """More blocks in one prompt than the host pool has, and slow stores: what the leader skips holds nothing."""
     engine = Engine(mover_options={"delay_seconds": 0.2}, options={"half_seconds": 3.0})
     for k in range(3):
         engine.prefill(f"r{k}", tokens_of(k + 1, 16 * 16), list(range(100 * k, 100 * k + 16)), list(range(16)))

@@ -32,6 +32,7 @@ class RawMover:
         self.capacity: tuple[int, int] | None = None
         self.held: dict[Pool, dict[int, tuple[int, list[Any]]]] = {Pool.HOST: {}, Pool.DISK: {}}
         self.counts: Counter[str] = Counter()
+        self.misplaced: list[tuple[Any, ...]] = []
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="raw-mover", daemon=True)
         self._thread.start()
@@ -62,7 +63,13 @@ class RawMover:
         self._queue.put(None)
         self._thread.join(timeout_seconds)
         if path := self.options.get("report"):
-            counts = dict(self.counts, pid=os.getpid(), rank=self.context.rank, capacity=self.capacity)
+            counts = dict(
+                self.counts,
+                pid=os.getpid(),
+                rank=self.context.rank,
+                capacity=self.capacity,
+                misplaced_at=self.misplaced,
+            )
             with open(f"{path}.{self.context.rank}", "w") as file:
                 json.dump(counts, file)
 
@@ -101,6 +108,9 @@ class RawMover:
             position, payload = self.held[request.pool].get(move.source, (None, []))
             if position != move.first_position:
                 self.counts["misplaced"] += 1
+                self.misplaced.append(
+                    (request.request_id, request.pool.value, move.source, move.first_position, position)
+                )
                 failed.append(move.target)
                 continue
             for page, bytes_ in zip(self.pages, payload, strict=True):

@@ -17,7 +17,9 @@ def prompt_of(i: int, tokens: int) -> list[int]:
     return [1 + (i * 7919 + j * 104729 + j * j * 31) % 48000 for j in range(tokens)]
 
 
-def engine(mover_options: dict[str, Any], device_blocks: int, transfer: dict[str, Any] | None = None, **extra: Any) -> Any:
+def engine(
+    mover_options: dict[str, Any], device_blocks: int, transfer: dict[str, Any] | None = None, **extra: Any
+) -> Any:
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
@@ -130,8 +132,11 @@ def faults() -> dict[str, Any]:
     evict()
     open(switch, "w").close()
     failed = run(llm, prompts)
-    result["failed"] = {"cached": [r[2] for r in failed], "same": [a[0] == b[0] for a, b in zip(local, failed, strict=True)],
-                        "reasons": [r[3] for r in failed]}  # fmt: skip
+    result["failed"] = {
+        "cached": [r[2] for r in failed],
+        "same": [a[0] == b[0] for a, b in zip(local, failed, strict=True)],
+        "reasons": [r[3] for r in failed],
+    }
     os.unlink(switch)
     evict()
     good = run(llm, prompts)
@@ -144,18 +149,34 @@ def faults() -> dict[str, Any]:
     evict()
     result["opted_in"] = [r[2] for r in run(llm, private)]
 
-    # 8 requests that grow to 11 blocks each, on 40: some are preempted and resumed.
-    long = [prompt_of(70 + i, 150) for i in range(8)]
-    grown = run(llm, long, 200)
-    result["grown"] = [len(r[0]) for r in grown]
-    evict()
-    again = run(llm, long, 200)
-    result["grown_again"] = {"cached": [r[2] for r in again], "same": [a[0][:8] == b[0][:8] for a, b in zip(grown, again, strict=True)]}  # fmt: skip
-
     result["reset"] = llm.reset_prefix_cache(reset_connector=True)
     result["after_reset"] = [r[2] for r in run(llm, prompts)]
     result["mover"] = report(llm, path)
     return result
+
+
+def preempted() -> dict[str, Any]:
+    """4 requests that grow to 8 blocks each on 24: some are preempted and resumed. Their text comes back as it was."""
+    path = f"{sys.argv[3]}/preempted"
+    llm = engine({"report": path}, device_blocks=24, max_model_len=384)
+    long = [prompt_of(70 + i, 135) for i in range(4)]
+    grown = run(llm, long, 110)
+    run(llm, [prompt_of(100 + i, 10 * BLOCK) for i in range(3)], 1)
+    again = run(llm, long, 110)
+    return {
+        "grown": [len(r[0]) for r in grown],
+        "cached": [r[2] for r in again],
+        "same": [a[0][:8] == b[0][:8] for a, b in zip(grown, again, strict=True)],
+        "mover": report(llm, path),
+    }
+
+
+def refused() -> dict[str, Any]:
+    try:
+        engine({}, 40, json.loads(sys.argv[4]))
+    except Exception as exc:
+        return {"error": f"{type(exc).__name__}: {exc}"}
+    return {"error": "not refused"}
 
 
 def main() -> None:
@@ -172,12 +193,7 @@ def main() -> None:
         DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER="true",
     )
     result = globals()[sys.argv[1]]()
-    out = os.environ.get("KVTC_RESULT")
-    text = json.dumps(result)
-    if out:
-        with open(out, "w") as file:
-            file.write(text)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(json.dumps(result) + "\n")
     sys.stdout.flush()
     os._exit(0)
 
