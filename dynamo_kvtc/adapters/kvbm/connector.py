@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from dynamo_kvtc.adapters.kvbm._compat import endpoints, require_kvbm
 from dynamo_kvtc.adapters.kvbm.mover import MoverContext, find_factory
 from dynamo_kvtc.adapters.kvbm.options import parse_options
-from dynamo_kvtc.adapters.kvbm.step import decode_step
+from dynamo_kvtc.adapters.kvbm.step import decode_step, preempted_of
 from dynamo_kvtc.adapters.kvbm.worker import KvbmWorker
 from dynamo_kvtc.errors import ConfigError, UnsupportedModelError
 
@@ -128,9 +128,8 @@ class DynamoConnector(KvbmDynamoConnector):
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         # Before this step writes into their blocks; the step itself is bound after.
-        step = decode_step(kv_connector_metadata.metadata, kv_connector_metadata.ours)
-        if step.preempted:
-            self._moving.drop_stores(set(step.preempted))
+        if preempted := preempted_of(kv_connector_metadata.ours):
+            self._moving.drop_stores(preempted)
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         KVConnectorBase_V1.bind_connector_metadata(self, connector_metadata)

@@ -71,6 +71,14 @@ def encode_ours(
     return json.dumps(fields, separators=(",", ":")).encode()
 
 
+def preempted_of(ours: bytes) -> set[str]:
+    """The preempted requests alone: asked for before the step is bound. Raises EngineProtocolError."""
+    names = load_json_object(ours, "the connector's metadata").get("preempted")
+    if not isinstance(names, list):
+        raise EngineProtocolError(f"the connector's metadata has preempted {names!r:.80}; it must be a list")
+    return {text(name, MAX_REQUEST_ID_CHARS, "request_id") for name in names}
+
+
 def decode_step(kvbm: bytes, ours: bytes) -> Step:
     """Both halves joined. Raises EngineProtocolError where they do not fit each other."""
     fields = load_json_object(ours, "the connector's metadata")

@@ -70,7 +70,7 @@ def test_no_kvbm(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(MissingDependencyError, match="pip install kvbm==1.6.1"):
+    with pytest.raises(MissingDependencyError, match=r"pip install kvbm==1\.6\.1"):
         _compat.require_kvbm()
 
 

@@ -30,11 +30,11 @@ def written(action: Action) -> list[Any]:
 
 def record(path: str, version: str) -> None:
     """From now on the first worker of this process writes its trace to ``path``, a JSON line per event."""
-    file = open(path, "w")
+    Path(path).write_text("")
 
     def line(*fields: Any) -> None:
-        file.write(json.dumps(fields) + "\n")
-        file.flush()
+        with open(path, "a") as file:
+            file.write(json.dumps(fields) + "\n")
 
     class Outbox(deque[Action]):
         def append(self, action: Action) -> None:
