@@ -1,0 +1,207 @@
+"""Real vLLM on the CPU, the real leader, our connector and the raw mover. Runs as a program in the engine's
+environment and prints one JSON object: ``python -m tests.adapters.kvbm.vllm_driver SCENARIO MODEL_DIR WORK_DIR``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+BLOCK = 32
+
+
+def prompt_of(i: int, tokens: int) -> list[int]:
+    """Token ids as a text of this model might have, without a tokenizer's time: reproducible, all prompts differ."""
+    return [1 + (i * 7919 + j * 104729 + j * j * 31) % 48000 for j in range(tokens)]
+
+
+def engine(
+    mover_options: dict[str, Any], device_blocks: int, transfer: dict[str, Any] | None = None, **extra: Any
+) -> Any:
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+
+    config = {
+        "kv_connector": "DynamoConnector",
+        "kv_connector_module_path": "dynamo_kvtc.adapters.kvbm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "mover": "tests.adapters.kvbm.raw_mover:make",
+            "mover_options": mover_options,
+            "handshake_seconds": 60,
+        },
+        **(transfer or {}),
+    }
+    options = {
+        "model": sys.argv[2],
+        "enforce_eager": True,
+        "distributed_executor_backend": "uni",
+        "block_size": BLOCK,
+        "num_gpu_blocks_override": device_blocks,
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+        "enable_prefix_caching": True,
+        "seed": 0,
+        # Twice the bytes, but a CPU without bfloat16 arithmetic takes seven times as long with it.
+        "dtype": os.environ.get("KVTC_TEST_DTYPE", "float32"),
+        "disable_log_stats": True,
+        "kv_transfer_config": KVTransferConfig(**config),
+        **extra,
+    }
+    return LLM(**options)
+
+
+def run(llm: Any, prompts: list[list[int]], tokens: int = 16, params: list[dict[str, Any] | None] | None = None) -> Any:
+    """For each prompt its tokens and their log-probabilities, and how many of its tokens were cached."""
+    from vllm import SamplingParams
+
+    sampling = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            logprobs=1,
+            extra_args={"kv_transfer_params": p} if p else None,
+        )
+        for p in (params or [None] * len(prompts))
+    ]
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    result = []
+    for output in outputs:
+        completion = output.outputs[0]
+        logprobs = [float(step[t].logprob) for t, step in zip(completion.token_ids, completion.logprobs, strict=True)]
+        result.append([list(completion.token_ids), logprobs, output.num_cached_tokens, completion.finish_reason])
+    return result
+
+
+def same(a: Any, b: Any) -> list[bool]:
+    return [x[:2] == y[:2] for x, y in zip(a, b, strict=True)]
+
+
+def report(llm: Any, path: str) -> dict[str, Any]:
+    """Ends the engine; what the mover counted."""
+    llm.llm_engine.engine_core.shutdown()
+    with open(f"{path}.0") as file:
+        return json.load(file)
+
+
+def exact() -> dict[str, Any]:
+    """24 prompts, chunked prefill, batches of 8; the device holds one batch, the host two, the disk all. What a local
+    prefix hit gives, then the same from the tier, then one prompt at a time."""
+    path = f"{sys.argv[3]}/exact"
+    llm = engine({"report": path}, device_blocks=60)
+    prompts = [prompt_of(i, 128 + i) for i in range(24)]
+    batches = [prompts[i : i + 8] for i in range(0, 24, 8)]
+    local, restored = [], []
+    for batch in batches:
+        run(llm, batch)
+        local += run(llm, batch)
+    begun = time.monotonic()
+    for batch in batches:
+        restored += run(llm, batch)
+    seconds = time.monotonic() - begun
+    singly = [run(llm, [p])[0] for p in prompts[:4]]
+    return {
+        "local_cached": [r[2] for r in local],
+        "restored_cached": [r[2] for r in restored],
+        "singly_cached": [r[2] for r in singly],
+        "same": same(local, restored),
+        "same_singly": [a[0] == b[0] for a, b in zip(local, singly, strict=False)],
+        "seconds": seconds,
+        "mover": report(llm, path),
+    }
+
+
+def faults() -> dict[str, Any]:
+    """One engine through: failing loads, an opted-out request, preemptions, a reset; the answers after each."""
+    path, switch = f"{sys.argv[3]}/faults", f"{sys.argv[3]}/fail"
+    llm = engine({"report": path, "fail_file": switch}, device_blocks=40)
+    prompts = [prompt_of(i, 129 + i) for i in range(6)]
+    fresh = iter(range(100, 1000))
+    result: dict[str, Any] = {}
+
+    def evict(params: dict[str, Any] | None = None) -> None:
+        run(llm, [prompt_of(next(fresh), 10 * BLOCK) for _ in range(4)], 1, [params] * 4)
+
+    run(llm, prompts)
+    local = run(llm, prompts)
+    evict()
+    open(switch, "w").close()
+    failed = run(llm, prompts)
+    result["failed"] = {
+        "cached": [r[2] for r in failed],
+        "same": [a[0] == b[0] for a, b in zip(local, failed, strict=True)],
+        "reasons": [r[3] for r in failed],
+    }
+    os.unlink(switch)
+    evict()
+    good = run(llm, prompts)
+    result["after"] = {"cached": [r[2] for r in good], "same": same(local, good)}
+
+    private = [prompt_of(50 + i, 140) for i in range(2)]
+    run(llm, private, 16, [{"kvtc": "off"}] * 2)
+    evict()
+    result["opted_out"] = [r[2] for r in run(llm, private)]
+    evict()
+    result["opted_in"] = [r[2] for r in run(llm, private)]
+
+    # A finished request's blocks are freed in the step after, which only a server takes by itself. Blocks that leaked
+    # make the reset fail.
+    for _ in range(20):
+        llm.llm_engine.step()
+        time.sleep(0.05)
+    result["reset"] = llm.reset_prefix_cache(reset_connector=True)
+    result["after_reset"] = [r[2] for r in run(llm, prompts)]
+    result["mover"] = report(llm, path)
+    return result
+
+
+def preempted() -> dict[str, Any]:
+    """4 requests that grow to 8 blocks each on 24: some are preempted and resumed. Their text comes back as it was."""
+    path = f"{sys.argv[3]}/preempted"
+    llm = engine({"report": path}, device_blocks=24, max_model_len=384)
+    long = [prompt_of(70 + i, 135) for i in range(4)]
+    grown = run(llm, long, 110)
+    run(llm, [prompt_of(100 + i, 10 * BLOCK) for i in range(3)], 1)
+    again = run(llm, long, 110)
+    return {
+        "grown": [len(r[0]) for r in grown],
+        "cached": [r[2] for r in again],
+        "same": [a[0][:8] == b[0][:8] for a, b in zip(grown, again, strict=True)],
+        "mover": report(llm, path),
+    }
+
+
+def refused() -> dict[str, Any]:
+    try:
+        engine({}, 40, json.loads(sys.argv[4]))
+    except Exception as exc:
+        return {"error": f"{type(exc).__name__}: {exc}"}
+    return {"error": "not refused"}
+
+
+def main() -> None:
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_HOST_IP="127.0.0.1",
+        HF_HUB_OFFLINE="1",
+        VLLM_NO_USAGE_STATS="1",
+        DYN_KVBM_CPU_CACHE_GB=os.environ.get("DYN_KVBM_CPU_CACHE_GB", "1"),
+        DYN_KVBM_DISK_CACHE_GB=os.environ.get("DYN_KVBM_DISK_CACHE_GB", "4"),
+        DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS=os.environ.get("DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS", "64"),
+        DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS=os.environ.get("DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS", "2048"),
+        DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER="true",
+    )
+    result = globals()[sys.argv[1]]()
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
