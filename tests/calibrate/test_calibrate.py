@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dynamo_kvtc.calibrate.collect import SINKS, parts_of, split_layers
+from dynamo_kvtc.calibrate.importance import LEADING, component_order
 from dynamo_kvtc.calibrate.run import CalibrationConfig, CalibrationTexts, calibrate
 from dynamo_kvtc.calibrate.texts import kl_measure
 from dynamo_kvtc.codec.artifact import Artifact, load_artifact, save_artifact
@@ -89,7 +90,10 @@ def test_importance_is_learnt_where_there_are_tokens_enough(tiny_llama):
     """Its weights reach the artifact, and tokens of several finenesses come of it."""
     texts = texts_of(fresh_seed(), fit=20)
     manifest, tensors = calibrate(tiny_llama, texts, config(ratios=(8.0,), groups=1), quiet)
-    assert tensors["rank0.group0.point0.importance"].shape == (2, 32)
+    weights = tensors["rank0.group0.point0.importance"]
+    (part,) = parts_of(tiny_llama.shape, split_layers(tiny_llama.shape.layers, 1), 1)
+    assert weights.shape == (2, LEADING + component_order(part.channels)[1])
+    assert weights[0, :LEADING].any()
     codec = BlockCodec(Artifact(manifest, tensors), "8", NO_LIMIT)
     k, v = tiny_llama.prefill(texts.held_out[0])
     (symbols,), _ = codec._quantise(k, v, torch.arange(200))
