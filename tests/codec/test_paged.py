@@ -114,6 +114,37 @@ def test_records_are_the_cpus_and_each_reads_the_others(kernel_device, shape, to
         assert bool((flat[untouched.to(flat.device)] == POISON).all())
 
 
+@pytest.mark.parametrize(
+    ("decode_tokens", "chunks"), [(10, [4, 6]), (6, [2, 6, 2]), (2, [2] * 5)], ids=["together", "kept", "again"]
+)
+def test_chunks_that_stay_on_the_gpu_and_chunks_that_come_again(kernel_device, decode_tokens, chunks):
+    """All layer groups of all chunks at once; one by one; one by one, the records brought again for each."""
+    limits = PagedLimits(encode_tokens=18, decode_tokens=decode_tokens, record_bytes=1 << 16)
+    case = Case(kernel_device, KVShape(2, 1, 64, "bfloat16"), 10, fresh_seed(), ((0, 1), (1, 2)), 2, block_tokens=2,
+                limits=limits)  # fmt: skip
+    theirs = [b.record for b in case.reference.encode_blocks(case.k, case.v, case.positions, block_tokens=2)]
+    arena, sizes = case.arena(), np.array([len(record) for record in theirs])
+    offsets = np.cumsum(-(-sizes // 16) * 16) - sizes
+    for at, record in zip(offsets, theirs, strict=True):
+        arena[at : at + len(record)] = torch.frombuffer(bytearray(record), dtype=torch.uint8)
+    found = case.codec._decoder._chunks(len(arena), offsets, sizes, case.blocks())
+    assert [c.tokens.stop - c.tokens.start for c in found] == chunks
+    damaged = 3
+    arena[offsets[damaged] + sizes[damaged] - 1] ^= 1
+    target = case.empty()
+    status = PagedCodec(case.artifact, case.point, target, limits=limits).decode(
+        arena, offsets, sizes, case.blocks()
+    ).finish()  # fmt: skip
+    assert [int(s) for s in status] == [BAD_CHECKSUM if b == damaged else 0 for b in range(5)]
+    sound = torch.arange(10) // 2 != damaged
+    k, v, _ = case.reference.decode_blocks(theirs)
+    for ours, wanted in zip(case.contents(target), (k, v), strict=True):
+        atol = 1e-3 * float(wanted.float().abs().max())
+        torch.testing.assert_close(ours[:, :, sound].float(), wanted[:, :, sound].float(), rtol=2.0**-7, atol=atol)
+    # The last layer group, found damaged, has written nothing of that block.
+    assert all(bool((x[1][:, ~sound] == POISON).all()) for x in case.contents(target))
+
+
 def test_exact_tokens_of_every_reason(kernel_device):
     seed = fresh_seed()
     case = Case(kernel_device, KVShape(2, 2, 64, "bfloat16"), 32, seed, ((0, 1), (1, 2)), gaps=None,
