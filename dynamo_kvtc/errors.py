@@ -11,6 +11,10 @@ KvtcError
 |   |-- ArtifactFormatError   its bytes are damaged, truncated or forged
 |   |-- ArtifactVersionError  its format version is unknown to this release
 |   `-- ArtifactMismatchError it belongs to another model, revision, dtype or TP rank
+|-- EngineError               the engine, or KVBM's leader, on the other side of an adapter
+|   |-- EngineVersionError    a release whose private protocol this release does not know
+|   |-- EngineProtocolError   a message that no known release sends
+|   `-- EngineTimeoutError    it did not answer, or a transfer did not end, in time
 `-- RecordError               a coded block
     |-- RecordTruncatedError  fewer (or more) bytes than it says it has
     |-- RecordCorruptError    a checksum or the entropy decoder's end state disagrees
@@ -65,6 +69,22 @@ class ArtifactVersionError(ArtifactError):
 
 class ArtifactMismatchError(ArtifactError):
     """The artifact belongs to another model, revision, dtype or TP rank."""
+
+
+class EngineError(KvtcError):
+    """The engine, or KVBM's leader, on the other side of an adapter cannot be worked with."""
+
+
+class EngineVersionError(EngineError):
+    """The installed release's private protocol is unknown to this release."""
+
+
+class EngineProtocolError(EngineError):
+    """A message that no known release of the engine or KVBM sends."""
+
+
+class EngineTimeoutError(EngineError):
+    """The other side did not answer, or a transfer did not end, in time."""
 
 
 class RecordError(KvtcError):

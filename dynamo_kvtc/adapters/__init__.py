@@ -1,0 +1,1 @@
+"""Doors to engines: translation only, a folder each."""

@@ -1,0 +1,78 @@
+"""Where the engines are that tests run for real, and how to run a program with one.
+
+``make engines`` puts them into KVTC_ENGINES (default: .engines at the repository's root):
+
+    kvbm-VERSION/   kvbm and its nixl, to be put on PYTHONPATH of any Python 3.10+ that has torch
+    stub/           libcuda.so.1 that does nothing: the leader loads one where it moves nothing
+    vllm/           a virtual environment with vLLM 0.31 for the CPU
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+VLLM_KVBM = "1.6.1"
+"""The kvbm that vLLM 0.31 goes with."""
+
+
+def engines() -> Path:
+    return Path(os.environ.get("KVTC_ENGINES", ROOT / ".engines"))
+
+
+def require(*names: str) -> Path:
+    """Skips the test where an engine is missing; the folder of engines."""
+    for name in names:
+        if not (engines() / name / ".made").exists():
+            pytest.skip(f"{engines() / name} is not made: run `make engines` (it says what that costs)")
+    return engines()
+
+
+def run_leader(version: str, *arguments: str, timeout: float = 120) -> dict[str, Any]:
+    """A scenario of tests/adapters/kvbm/leader_scenarios.py against the real leader of that release; its result."""
+    command = [sys.executable, "-m", "tests.adapters.kvbm.leader_driver", *arguments]
+    return _run(command, version, timeout)
+
+
+def run_vllm(*arguments: str, timeout: float = 600) -> dict[str, Any]:
+    """A scenario of tests/adapters/kvbm/vllm_driver.py in the environment of vLLM; its result."""
+    python = engines() / "vllm" / "bin" / "python"
+    return _run([str(python), "-m", "tests.adapters.kvbm.vllm_driver", *arguments], VLLM_KVBM, timeout)
+
+
+def _free_ports(count: int) -> list[int]:
+    import socket
+
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in held]
+    for s in held:
+        s.close()
+    return ports
+
+
+def _run(command: list[str], version: str, timeout: float) -> dict[str, Any]:
+    publish, answer, metrics = _free_ports(3)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("DYN_", "VLLM_"))},
+        "PYTHONPATH": os.pathsep.join([str(engines() / f"kvbm-{version}"), str(ROOT)]),
+        "LD_LIBRARY_PATH": os.pathsep.join([str(engines() / "stub"), os.environ.get("LD_LIBRARY_PATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "DYN_KVBM_LEADER_ZMQ_PUB_PORT": str(publish),
+        "DYN_KVBM_LEADER_ZMQ_ACK_PORT": str(answer),
+        "DYN_KVBM_METRICS_PORT": str(metrics),
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines or not lines[-1].startswith("{"):
+        raise AssertionError(
+            f"{command[1:]} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+        )
+    return json.loads(lines[-1])
