@@ -29,7 +29,7 @@ SCRATCH_BYTES = 96 << 20
 
 
 class CudaTranscoder:
-    """arena: uint8 [bytes] over the host store's memory, pinned (and unpinned by ``close``), or None if there is none."""
+    """arena: uint8 [bytes] over the host store's memory, pinned (``close`` unpins it), or None if there is none."""
 
     staged_is_free = False
 

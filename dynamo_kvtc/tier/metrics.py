@@ -5,7 +5,7 @@
 | kvtc_lookup_blocks_total | result (hit, miss, declined), tier (host, disk, none) | blocks that were asked for |
 | kvtc_stored_blocks_total | result (stored, known, not_admitted, queue_full, no_room, failed) | blocks offered |
 | kvtc_loaded_blocks_total | result (loaded, failed) | blocks that were to be restored |
-| kvtc_raw_bytes_total, kvtc_coded_bytes_total | direction (in: stored, out: restored) | the same blocks, raw and coded |
+| kvtc_raw_bytes_total, kvtc_coded_bytes_total | direction (in: stored, out: restored) | those blocks, raw and coded |
 | kvtc_ratio | | raw over coded bytes of all that was stored |
 | kvtc_encode_seconds, kvtc_decode_seconds | | of a job, without its wait |
 | kvtc_fetch_seconds | tier | from asking a store to having the records |
@@ -73,10 +73,10 @@ class TierMetrics:
         self._lock = threading.Lock()
         self._told: dict[tuple[str, tuple[str, ...]], float] = {}
         self._all: dict[str, Any] = {
-            **{n: prometheus.Counter(n, _text(n), labels, registry=self.registry) for n, labels in COUNTERS.items()},
-            **{n: prometheus.Gauge(n, _text(n), labels, registry=self.registry) for n, labels in GAUGES.items()},
+            **{n: prometheus.Counter(n, describe(n), labels, registry=self.registry) for n, labels in COUNTERS.items()},
+            **{n: prometheus.Gauge(n, describe(n), labels, registry=self.registry) for n, labels in GAUGES.items()},
             **{
-                n: prometheus.Histogram(n, _text(n), labels, registry=self.registry, buckets=BUCKETS)
+                n: prometheus.Histogram(n, describe(n), labels, registry=self.registry, buckets=BUCKETS)
                 for n, labels in HISTOGRAMS.items()
             },
         }
@@ -131,7 +131,7 @@ class TierMetrics:
             self.sink(kind, name, value, labels)
 
 
-def _text(name: str) -> str:
+def describe(name: str) -> str:
     """The row of the table above."""
     assert __doc__ is not None
     row = next(line for line in __doc__.splitlines() if line.startswith("|") and name in line.split("|")[1])

@@ -107,9 +107,8 @@ def parse_options(given: Mapping[str, Any], where: str) -> TierOptions:
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}: the path of an artifact made by `kvtc calibrate`")
     try:
-        return TierOptions(
-            **{name: float(v) if _KINDS[name] is float and _whole(v) else v for name, v in given.items()}
-        )
+        values: dict[str, Any] = {n: float(v) if _KINDS[n] is float and _whole(v) else v for n, v in given.items()}
+        return TierOptions(**values)
     except ConfigError as exc:
         raise ConfigError(f"{where}: {exc}") from exc
 

@@ -52,6 +52,10 @@ class Tier:
         self._coming: set[bytes] = set()
         self._closed = False
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def key(self, block_hash: bytes) -> bytes:
         """Of the engine's block hash, which is chained over the tokens before it."""
         return self.keys.key(block_hash)
