@@ -1,4 +1,4 @@
-"""A checkpoint on disk as an engine serves it: what must agree with a calibration artifact, without loading the model."""
+"""A checkpoint on disk as an engine serves it: what must agree with an artifact, without loading the model."""
 
 from __future__ import annotations
 

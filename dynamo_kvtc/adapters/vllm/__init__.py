@@ -4,8 +4,8 @@
         {"spec_name": "KvtcOffloadingSpec", "spec_module_path": "dynamo_kvtc.adapters.vllm",
          "artifact": "model.safetensors", "point": "16", "host_gib": 8}}'
 
-The other options are ``tier.options.TierOptions``'. READ FIRST: manager.py (the scheduler's side), worker.py (the other),
-spec.py (what is refused at start), layout.py (where K and V lie in a page), _compat.py (what differs between releases).
+The other options are ``tier.options.TierOptions``'. READ FIRST: manager.py (the scheduler's side), worker.py (the
+other), spec.py (what is refused at start), layout.py (where K and V lie in a page), _compat.py (releases' differences).
 ``KvtcOffloadingConnector`` (kv_connector_module_path: this package) is vLLM's connector that also reports pages a load
 could not fill, so that a GPU that finds a record bad leads to a recompute and not to the engine's end.
 vLLM is imported when one of the names is asked for.

@@ -66,8 +66,8 @@ def pages_of(caches: Any, engine: EngineFacts, shape: KVShape) -> Pages | PagedC
     order = sorted(range(len(names)), key=lambda i: layer_index(names[i]))
     if len(names) != shape.layers:
         raise UnsupportedModelError(
-            f"the engine caches {len(names)} layers, the artifact has {shape.layers}: speculative drafts and layers that "
-            "share a cache are not supported"
+            f"the engine caches {len(names)} layers, the artifact has {shape.layers}: speculative drafts and layers "
+            "that share a cache are not supported"
         )
     device = caches.tensors[0].tensor.device
     if device.type == "cuda":

@@ -26,7 +26,6 @@ from vllm.v1.kv_offload.base import (
 
 from dynamo_kvtc.adapters.vllm._compat import end_position, medium, sequence_tokens
 from dynamo_kvtc.adapters.vllm.shared import Shared
-from dynamo_kvtc.tier.tier import Tier
 from dynamo_kvtc.tier.transcode import Promise
 
 OPT_OUT = "kvtc"
@@ -170,7 +169,7 @@ class Manager(OffloadingManager):
 
     def take_events(self) -> Iterable[OffloadingEvent]:
         for key, tier, removed in self._shared.take_events():
-            yield OffloadingEvent(keys=[key], medium=medium(tier), removed=removed)  # type: ignore[list-item]
+            yield OffloadingEvent(keys=[key], medium=medium(tier), removed=removed)
 
     def reset_cache(self) -> None:
         with self._lock:

@@ -73,7 +73,7 @@ class Shared:
         return out
 
     def _note(self, *what: Any) -> None:
-        self._stats.append(what)  # type: ignore[arg-type]
+        self._stats.append(what)
 
 
 _engines: dict[str, Shared] = {}

@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Collection
-from typing import Any
 
 from vllm.v1.kv_offload.base import GPULoadStoreSpec, OffloadingWorker, TransferResult
 
