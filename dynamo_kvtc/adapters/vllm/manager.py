@@ -31,6 +31,9 @@ from dynamo_kvtc.tier.transcode import Promise
 OPT_OUT = "kvtc"
 """``kv_transfer_params={"kvtc": "off"}`` of a request: neither stored nor loaded."""
 REFRESH_SECONDS = 1.0
+EMPTY_STEP_SECONDS = 0.002
+"""A step that took less ran no model: the scheduler is only asking again. It then waits this long for an answer, so that
+it does not keep the interpreter from the thread that works on it."""
 PROMISED_BYTES = 4 << 30
 """Of raw blocks promised and not yet loaded; requests beyond it wait for their promises."""
 
@@ -82,7 +85,8 @@ class Manager(OffloadingManager):
     def __init__(self, shared: Shared, block_tokens: int) -> None:
         assert shared.tier is not None
         self._shared, self._tier, self._block_tokens = shared, shared.tier, block_tokens
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._step_ended = 0.0
         self._requests: dict[str, _Request] = {}
         self._waiting = 0
         self._promised_blocks = 0
@@ -120,6 +124,12 @@ class Manager(OffloadingManager):
             wanting = [r for r in self._requests.values() if r.wanted and not r.asked]
         for request in wanting:
             self._ask(request)
+        if time.monotonic() - self._step_ended < EMPTY_STEP_SECONDS:
+            with self._lock:
+                waiting = self._waiting
+                if waiting:
+                    self._lock.wait_for(lambda: self._waiting < waiting, EMPTY_STEP_SECONDS)
+        self._step_ended = time.monotonic()
 
     def has_pending_work(self) -> bool:
         with self._lock:
@@ -233,6 +243,7 @@ class Manager(OffloadingManager):
         """From the tier's thread."""
         with self._lock:
             self._waiting -= 1
+            self._lock.notify_all()
             self._promised_blocks -= len(wanted)
             request.asked = {}
             if request.gone:

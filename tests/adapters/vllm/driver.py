@@ -316,6 +316,10 @@ def lossy() -> dict[str, Any]:
         warm.append(time.monotonic() - began)
         result["cached"] = cached
     result["cold_seconds"], result["restored_seconds"] = cold, warm
+    registry = shared().metrics.registry
+    for name in ("encode", "decode"):
+        told = [registry.get_sample_value(f"kvtc_{name}_seconds_{part}") for part in ("sum", "count")]
+        result[f"{name}_seconds"] = told
     llm.llm_engine.engine_core.shutdown()
     return result
 
