@@ -87,7 +87,7 @@ class Answer:
         self.calls.append(what)
         self._called.set()
 
-    def get(self, timeout: float = 20.0) -> Any:
+    def get(self, timeout: float = 180.0) -> Any:
         assert self._called.wait(timeout), "no answer in time"
         assert len(self.calls) == 1
         return self.calls[0][0] if self.calls[0] else None

@@ -34,7 +34,9 @@ def test_blocks_come_back_as_the_codec_has_them(engine):
     assert same_bits(got[1], wanted[1])
     m = tier.metrics
     assert m.value("kvtc_stored_blocks", "stored") == m.value("kvtc_loaded_blocks", "loaded") == 7
-    assert m.value("kvtc_coded_bytes", "in") == m.value("kvtc_coded_bytes", "out") == sum(len(r.record) for r in records)
+    assert (
+        m.value("kvtc_coded_bytes", "in") == m.value("kvtc_coded_bytes", "out") == sum(len(r.record) for r in records)
+    )
     assert m.value("kvtc_raw_bytes", "in") == 7 * BLOCK_TOKENS * engine.shape.bytes_per_token
     assert m.value("kvtc_exact_tokens", "policy") == 4
     assert tier.close()
@@ -178,7 +180,10 @@ def test_demote_copies_under_another_key(engine, folder):
     tier.forget([b.key for b in blocks])
     assert tier.lookup([blocks[0].key]) == []
     engine.wipe([b.block_id for b in blocks])
-    assert load(tier, [b.__class__(key, b.block_id, b.first_position) for b, key in zip(blocks, below, strict=False)]) == []
+    assert (
+        load(tier, [b.__class__(key, b.block_id, b.first_position) for b, key in zip(blocks, below, strict=False)])
+        == []
+    )
     assert same_bits(engine.pages.read([b.block_id for b in blocks])[0], engine.original(blocks)[0])
     tier.close()
 
@@ -200,7 +205,9 @@ def test_occupancy_is_told(engine):
     tier.refresh()
     m = tier.metrics
     assert m.value("kvtc_records", "host") < 24
-    assert 0 < m.value("kvtc_used_bytes", "host") <= m.value("kvtc_budget_bytes", "host") == 0.05 * (1 << 20) // 256 * 256
+    assert (
+        0 < m.value("kvtc_used_bytes", "host") <= m.value("kvtc_budget_bytes", "host") == 0.05 * (1 << 20) // 256 * 256
+    )
     evicted = m.value("kvtc_evictions", "host")
     assert evicted == 24 - m.value("kvtc_records", "host")
     tier.refresh()

@@ -31,9 +31,11 @@ from dynamo_kvtc.tier.transcode import Promise
 OPT_OUT = "kvtc"
 """``kv_transfer_params={"kvtc": "off"}`` of a request: neither stored nor loaded."""
 REFRESH_SECONDS = 1.0
+PREFIX = "vllm:"
+"""Of metrics' names in vLLM's registry: what it looks for."""
 EMPTY_STEP_SECONDS = 0.002
-"""A step that took less ran no model: the scheduler is only asking again. It then waits this long for an answer, so that
-it does not keep the interpreter from the thread that works on it."""
+"""A step that took less ran no model: the scheduler is only asking again. It then waits this long for an answer, so
+that it does not keep the interpreter from the thread that works on it."""
 PROMISED_BYTES = 4 << 30
 """Of raw blocks promised and not yet loaded; requests beyond it wait for their promises."""
 
@@ -202,7 +204,7 @@ class Manager(OffloadingManager):
         stats = OffloadingConnectorStats()
         tell = {"counter": stats.increase_counter, "gauge": stats.set_gauge, "histogram": stats.observe_histogram}
         for kind, name, value, labels in noted:
-            tell[kind](name, value, labels)
+            tell[kind](PREFIX + name, value, labels)
         return stats
 
     def shutdown(self) -> None:

@@ -16,7 +16,7 @@ from vllm.v1.kv_offload.base import (
 
 from dynamo_kvtc.adapters.vllm._compat import KNOWS_SEQUENCES, RELEASE, EngineFacts, facts
 from dynamo_kvtc.adapters.vllm.layout import pages_of
-from dynamo_kvtc.adapters.vllm.manager import Manager
+from dynamo_kvtc.adapters.vllm.manager import PREFIX, Manager
 from dynamo_kvtc.adapters.vllm.shared import Shared, find, publish
 from dynamo_kvtc.adapters.vllm.worker import Worker
 from dynamo_kvtc.codec.artifact import Artifact, load_artifact
@@ -37,11 +37,14 @@ log = logging.getLogger(__name__)
 class KvtcOffloadingSpec(OffloadingSpec):
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
-        """The names of ``tier.metrics``, for vLLM's own /metrics."""
+        """The names of ``tier.metrics`` behind vLLM's prefix, for vLLM's own /metrics."""
         return {
-            **{n: OffloadingCounterMetadata(describe(n), labels) for n, labels in COUNTERS.items()},
-            **{n: OffloadingGaugeMetadata(describe(n), labels) for n, labels in GAUGES.items()},
-            **{n: OffloadingHistogramMetadata(describe(n), labels, BUCKETS) for n, labels in HISTOGRAMS.items()},
+            **{PREFIX + n: OffloadingCounterMetadata(describe(n), labels) for n, labels in COUNTERS.items()},
+            **{PREFIX + n: OffloadingGaugeMetadata(describe(n), labels) for n, labels in GAUGES.items()},
+            **{
+                PREFIX + n: OffloadingHistogramMetadata(describe(n), labels, BUCKETS)
+                for n, labels in HISTOGRAMS.items()
+            },
         }
 
     def __init__(self, *config: Any) -> None:

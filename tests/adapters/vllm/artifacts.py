@@ -1,5 +1,5 @@
-"""Artifacts for the engine's model. Made outside the engine's process: vLLM 0.31 cannot start a CPU worker where numba is
-imported already."""
+"""Artifacts for the engine's model. Made outside the engine's process: vLLM 0.31 cannot start a CPU worker where numba
+is imported already."""
 
 from __future__ import annotations
 

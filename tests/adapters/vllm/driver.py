@@ -109,8 +109,8 @@ def settle() -> None:
 
 
 def exact() -> dict[str, Any]:
-    """24 prompts, chunked prefill, batches of 8; the device holds one batch, the host half of them, the disk all. What a
-    local prefix hit gives, then the same from the tier, then one prompt at a time."""
+    """24 prompts, chunked prefill, batches of 8; the device holds one batch, the host half of them, the disk all. What
+    a local prefix hit gives, then the same from the tier, then one prompt at a time."""
     work = Path(sys.argv[3])
     tier = {
         "artifact": sys.argv[4], "point": "fine", "exact": "all", "host_gib": 0.07, "disk_gib": 0.5,
@@ -166,8 +166,8 @@ def close_to(a: Any, b: Any) -> list[bool]:
 
 
 def faults() -> dict[str, Any]:
-    """One engine through records damaged in memory and on disk, threads that raise, loads that fail after all, a request
-    that opts out, and a reset; the answers after each."""
+    """One engine through records damaged in memory and on disk, threads that raise, loads that fail after all, a
+    request that opts out, and a reset; the answers after each."""
     work = Path(sys.argv[3])
     tier = {
         "artifact": sys.argv[4], "point": "fine", "exact": "all", "host_gib": 0.1, "disk_gib": 0.5,
@@ -333,7 +333,9 @@ def watched() -> dict[str, Any]:
     events = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     llm = engine(tier, 48, kv_events_config=events, disable_log_stats=False)
     seen: list[Any] = []
-    llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher.publish = lambda batch: seen.extend(batch.events)
+    llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher.publish = lambda batch: seen.extend(
+        batch.events
+    )
     fresh = iter(range(100, 1000))
     prompts = [prompt_of(i, 129 + i) for i in range(6)]
     run(llm, prompts)
@@ -347,7 +349,11 @@ def watched() -> dict[str, Any]:
     for event in seen:
         name = f"{type(event).__name__}:{getattr(event, 'medium', None)}"
         kinds[name] = kinds.get(name, 0) + 1
-    known = {m.name: getattr(m, "value", getattr(m, "count", None)) for m in llm.get_metrics() if "kvtc" in m.name}
+    known: dict[str, float] = {}
+    for metric in llm.get_metrics():
+        if "kvtc" in metric.name:
+            told = metric.value if hasattr(metric, "value") else metric.count
+            known[metric.name] = known.get(metric.name, 0) + told
     llm.llm_engine.engine_core.shutdown()
     return {"events": kinds, "metrics": known}
 
