@@ -26,7 +26,7 @@ class CpuTranscoder:
     def __init__(self, codec: BlockCodec, pages: Pages) -> None:
         self._codec, self._pages = codec, pages
         self.block_tokens = pages.block_tokens
-        self.raw_block_bytes = pages.block_tokens * codec.shape.bytes_per_token
+        self.raw_block_bytes = self.held_block_bytes = pages.block_tokens * codec.shape.bytes_per_token
 
     def fence(self) -> None:
         return None
@@ -46,7 +46,7 @@ class CpuTranscoder:
         return stored, [len(e.record) for e in encoded], total
 
     def promise(
-        self, keys: Sequence[bytes], leases: Sequence[Lease], tiers: Sequence[str]
+        self, keys: Sequence[bytes], leases: Sequence[Lease], tiers: Sequence[str], prove: bool
     ) -> list[Promise | Exception]:
         decoded = self._decode(leases)
         out: list[Promise | Exception] = []

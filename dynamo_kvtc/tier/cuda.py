@@ -7,6 +7,7 @@ the engine had launched by a fence is waited for on a stream of this side's own,
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,8 @@ from dynamo_kvtc.store import Lease
 from dynamo_kvtc.tier.transcode import Block, Promise, Put
 
 _ALIGNMENT = 16
+_FIRST = struct.Struct("<20xI")
+"""A record's first position in its fixed header (codec/FORMAT.md)."""
 SCRATCH_BYTES = 96 << 20
 """Pinned memory that records pass through, each way: more than the codec's largest chunk of them."""
 
@@ -40,6 +43,7 @@ class CudaTranscoder:
         self._codec, self._checker, self._arena = codec, checker, arena
         self.block_tokens = codec.cache.tokens_per_block
         self.raw_block_bytes = self.block_tokens * codec.artifact.shape.bytes_per_token
+        self.held_block_bytes = self.raw_block_bytes // 8
         device = codec.cache.device
         self._device, self._cuda = device, device.type == "cuda"
         self._out = torch.empty(scratch_bytes, dtype=torch.uint8, pin_memory=self._cuda)
@@ -85,8 +89,14 @@ class CudaTranscoder:
         return stored, sizes, ExactCounts(policy, 0, unfit)
 
     def promise(
-        self, keys: Sequence[bytes], leases: Sequence[Lease], tiers: Sequence[str]
+        self, keys: Sequence[bytes], leases: Sequence[Lease], tiers: Sequence[str], prove: bool
     ) -> list[Promise | Exception]:
+        if not prove:
+            # The GPU checks all but this, and the position again with the header's checksum.
+            return [
+                Promise(key, tier, len(lease), (lease, _claimed_position(lease)), lease.release)
+                for key, lease, tier in zip(keys, leases, tiers, strict=True)
+            ]
         return [self._promise(key, lease, tier) for key, lease, tier in zip(keys, leases, tiers, strict=True)]
 
     def _promise(self, key: bytes, lease: Lease, tier: str) -> Promise | Exception:
@@ -176,3 +186,8 @@ class CudaTranscoder:
             if fence is not None:
                 stream.wait_event(fence)
             yield
+
+
+def _claimed_position(lease: Lease) -> int:
+    """-1, where no block starts, for what is too short to say."""
+    return int(_FIRST.unpack_from(lease.record)[0]) if len(lease) >= _FIRST.size else -1

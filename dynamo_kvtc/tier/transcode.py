@@ -47,6 +47,8 @@ class Transcoder(Protocol):
 
     block_tokens: int
     raw_block_bytes: int
+    held_block_bytes: int
+    """Of memory that a promise takes."""
     staged_is_free: bool
     """Whether pages may be written again as soon as ``stage`` returns: their bytes were copied."""
 
@@ -63,9 +65,10 @@ class Transcoder(Protocol):
         ...
 
     def promise(
-        self, keys: Sequence[bytes], leases: Sequence[Lease], tiers: Sequence[str]
+        self, keys: Sequence[bytes], leases: Sequence[Lease], tiers: Sequence[str], prove: bool
     ) -> list[Promise | Exception]:
-        """Takes the leases over; what is not sound is an error, and its lease ends."""
+        """Takes the leases over; what is not sound is an error, and its lease ends. prove: not False unless the caller
+        can bear that ``load`` finds a record bad, which may be much cheaper."""
         ...
 
     def load(self, blocks: Sequence[Block], promises: Sequence[Promise], fence: Any) -> list[Exception | None]:

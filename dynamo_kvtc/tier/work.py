@@ -36,7 +36,7 @@ class Work:
             m.count("kvtc_exact_tokens", getattr(exact, reason), reason)
         return [block.key for block, yes in zip(blocks, stored, strict=True) if not yes]
 
-    def promise(self, keys: Sequence[bytes]) -> dict[bytes, Promise]:
+    def promise(self, keys: Sequence[bytes], prove: bool) -> dict[bytes, Promise]:
         """The sound ones."""
         leases: list[tuple[bytes, Lease, str]] = []
         for tier, wanted in self._by_tier(keys).items():
@@ -52,7 +52,9 @@ class Work:
         if not leases:
             return {}
         began = time.monotonic()
-        proven = self.transcoder.promise(*(list(part) for part in zip(*leases, strict=True)))
+        proven = self.transcoder.promise(
+            [k for k, _, _ in leases], [x for _, x, _ in leases], [t for _, _, t in leases], prove
+        )
         seconds = time.monotonic() - began
         out: dict[bytes, Promise] = {}
         for (key, _, tier), promise in zip(leases, proven, strict=True):
@@ -73,7 +75,7 @@ class Work:
     def load(self, blocks: Sequence[Block], promises: Sequence[Promise] | None, fence: Any) -> list[bytes]:
         """Keys that are not loaded."""
         if promises is None:
-            made = self.promise([b.key for b in blocks])
+            made = self.promise([b.key for b in blocks], prove=False)
             found = [(block, made[block.key]) for block in blocks if block.key in made]
         else:
             found = list(zip(blocks, promises, strict=True))

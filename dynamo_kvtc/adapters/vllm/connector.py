@@ -26,7 +26,7 @@ class KvtcOffloadingConnector(OffloadingConnector):
         super().register_kv_caches(kv_caches)
         worker = self._kvtc_worker
         if worker is not None:
-            worker.takes_failures = True
+            worker.report_failures()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         worker = self._kvtc_worker

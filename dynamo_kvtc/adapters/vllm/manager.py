@@ -37,7 +37,7 @@ EMPTY_STEP_SECONDS = 0.002
 """A step that took less ran no model: the scheduler is only asking again. It then waits this long for an answer, so
 that it does not keep the interpreter from the thread that works on it."""
 PROMISED_BYTES = 4 << 30
-"""Of raw blocks promised and not yet loaded; requests beyond it wait for their promises."""
+"""Of memory that promises take; requests beyond it wait for theirs."""
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Manager(OffloadingManager):
         self._requests: dict[str, _Request] = {}
         self._waiting = 0
         self._promised_blocks = 0
-        self._most_blocks = max(1, PROMISED_BYTES // self._tier.transcoder.raw_block_bytes)
+        self._most_blocks = max(1, PROMISED_BYTES // self._tier.transcoder.held_block_bytes)
         self._refreshed = 0.0
 
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
@@ -238,7 +238,7 @@ class Manager(OffloadingManager):
         def answered(promises: Mapping[bytes, Promise]) -> None:
             self._answered(request, wanted, promises)
 
-        if not self._tier.promise(list(wanted.values()), answered):
+        if not self._tier.promise(list(wanted.values()), answered, prove=not self._shared.takes_failures):
             answered({})
 
     def _answered(self, request: _Request, wanted: Mapping[bytes, bytes], promises: Mapping[bytes, Promise]) -> None:

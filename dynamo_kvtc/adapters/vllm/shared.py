@@ -22,6 +22,8 @@ class Shared:
         self.tier: Tier | None = None
         self.metrics = TierMetrics(sink=self._note)
         self.events_on = events
+        self.takes_failures = False
+        """Whether vLLM hears of pages that a load could not fill; without that such a load ends the engine."""
         self.names: dict[bytes, bytes] = {}
         """The engine's key of a record's, for events alone."""
         self._lock = threading.Lock()

@@ -21,8 +21,6 @@ log = logging.getLogger(__name__)
 
 
 class Worker(OffloadingWorker):
-    """``takes_failures``: someone asks ``take_failed_blocks``; without that a load that fails ends the engine."""
-
     def __init__(self, shared: Shared, engine_id: str) -> None:
         assert shared.tier is not None
         self._shared, self._tier, self._engine_id = shared, shared.tier, engine_id
@@ -31,7 +29,6 @@ class Worker(OffloadingWorker):
         self._running: set[int] = set()
         self._results: list[TransferResult] = []
         self._failed_blocks: set[int] = set()
-        self.takes_failures = False
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: StoreKeys) -> bool:
         blocks = self._blocks(src_spec, dst_spec.keys, dst_spec.first_positions)
@@ -59,6 +56,10 @@ class Worker(OffloadingWorker):
         with self._ended:
             results, self._results = self._results, []
         return results
+
+    def report_failures(self) -> None:
+        """Someone will ask ``take_failed_blocks``."""
+        self._shared.takes_failures = True
 
     def take_failed_blocks(self) -> set[int]:
         """Pages that were to be loaded and are not what they should be: to be computed."""
@@ -101,7 +102,7 @@ class Worker(OffloadingWorker):
         with self._ended:
             self._running.discard(job_id)
             self._failed_blocks.update(failed)
-            sound = not failed or self.takes_failures
+            sound = not failed or self._shared.takes_failures
             self._results.append(TransferResult(job_id, sound, nbytes, time.monotonic() - began))
             self._ended.notify_all()
         if not sound:

@@ -37,8 +37,8 @@ def calibrated(model, tmp_path_factory) -> Path:
     from dynamo_kvtc.hf.model import load_model
 
     loaded = load_model(str(model), dtype="float32")
-    config = CalibrationConfig(groups=10, ratios=(16.0,), fisher_sequences=2, kl_sequences=0)
-    manifest, tensors = calibrate(loaded, draw_texts(loaded, ["python"], 6_000, 512, 2), config, lambda *_: None)
+    config = CalibrationConfig(groups=10, ratios=(16.0,), fisher_sequences=2)
+    manifest, tensors = calibrate(loaded, draw_texts(loaded, ["python"], 6_000, 512, 4), config, lambda *_: None)
     path = tmp_path_factory.mktemp("artifact") / "calibrated.safetensors"
     save_artifact(path, manifest, tensors)
     return path
