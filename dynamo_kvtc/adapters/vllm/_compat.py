@@ -102,8 +102,4 @@ def cpu_isa(dtype: Any, block_tokens: int, head_dim: int) -> str:
     """The instruction set that the CPU's attention works with: it decides how K lies in a page."""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    return (
-        _get_attn_isa(dtype, block_tokens, head_dim, "auto")
-        if RELEASE >= (0, 31)
-        else _get_attn_isa(dtype, block_tokens, head_dim)
-    )
+    return _get_attn_isa(dtype, block_tokens, head_dim, "auto")

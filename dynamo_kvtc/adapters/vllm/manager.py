@@ -36,6 +36,8 @@ PREFIX = "vllm:"
 EMPTY_STEP_SECONDS = 0.002
 """A step that took less ran no model: the scheduler is only asking again. It then waits this long for an answer, so
 that it does not keep the interpreter from the thread that works on it."""
+ANSWER_SECONDS = 10.0
+"""How long a request may wait for its promises: a thread that hangs must not hang it."""
 PROMISED_BYTES = 4 << 30
 """Of memory that promises take; requests beyond it wait for theirs."""
 
@@ -67,7 +69,8 @@ class LoadPromises(LoadStoreSpec):
 
 @dataclass
 class _Request:
-    """wanted: keys asked for, not yet submitted; asked: submitted, no answer yet; refused: answered no, for good."""
+    """wanted: keys asked for, not yet submitted; asked: submitted in this turn, no answer yet, given up at ``until``;
+    refused: answered no, for good."""
 
     off: bool
     wanted: dict[bytes, bytes] = field(default_factory=dict)
@@ -76,6 +79,8 @@ class _Request:
     refused: set[bytes] = field(default_factory=set)
     missed: bool = False
     gone: bool = False
+    turn: int = 0
+    until: float = 0.0
 
     def release(self) -> None:
         for promise in self.promised.values():
@@ -107,6 +112,9 @@ class Manager(OffloadingManager):
                 return LookupResult.MISS
             if key in request.promised:
                 return LookupResult.HIT
+            if request.asked and time.monotonic() > request.until:
+                self._give_up(request)
+                return LookupResult.MISS
             if key in request.wanted or key in request.asked:
                 return LookupResult.RETRY
         own = self._tier.key(key)
@@ -175,6 +183,8 @@ class Manager(OffloadingManager):
         with self._lock:
             request = self._requests.pop(req_context.req_id, None)
             if request is not None:
+                if request.asked:
+                    self._forget_asked(request)
                 request.gone = True
                 self._promised_blocks -= len(request.promised)
                 request.release()
@@ -231,24 +241,42 @@ class Manager(OffloadingManager):
                 request.refused.update(wanted)
             return
         with self._lock:
-            request.asked = wanted
+            request.asked, request.until = wanted, time.monotonic() + ANSWER_SECONDS
+            turn = request.turn
             self._waiting += 1
             self._promised_blocks += len(wanted)
 
         def answered(promises: Mapping[bytes, Promise]) -> None:
-            self._answered(request, wanted, promises)
+            self._answered(request, turn, wanted, promises)
 
         if not self._tier.promise(list(wanted.values()), answered, prove=not self._shared.takes_failures):
             answered({})
 
-    def _answered(self, request: _Request, wanted: Mapping[bytes, bytes], promises: Mapping[bytes, Promise]) -> None:
+    def _give_up(self, request: _Request) -> None:
+        """Its answer, should it come after all, finds nobody. Under the lock."""
+        log.warning("%d blocks were not read within %.0f s: they are computed", len(request.asked), ANSWER_SECONDS)
+        self._shared.metrics.count("kvtc_errors", 1, "promise_timeout")
+        request.refused.update(request.asked)
+        self._forget_asked(request)
+
+    def _forget_asked(self, request: _Request) -> None:
+        self._promised_blocks -= len(request.asked)
+        self._waiting -= 1
+        request.asked = {}
+        request.turn += 1
+
+    def _answered(
+        self, request: _Request, turn: int, wanted: Mapping[bytes, bytes], promises: Mapping[bytes, Promise]
+    ) -> None:  # fmt: skip
         """From the tier's thread."""
         with self._lock:
-            self._waiting -= 1
-            self._lock.notify_all()
-            self._promised_blocks -= len(wanted)
-            request.asked = {}
-            if request.gone:
+            late = turn != request.turn
+            if not late:
+                self._waiting -= 1
+                self._promised_blocks -= len(wanted)
+                request.asked = {}
+                self._lock.notify_all()
+            if late or request.gone:
                 for promise in promises.values():
                     promise.release()
                 return

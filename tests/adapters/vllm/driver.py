@@ -227,6 +227,14 @@ def faults() -> dict[str, Any]:
     t.transcoder.load = failing
     after("failing_loads")
     t.transcoder.load = load
+
+    # A thread that hangs: nobody waits for it for long, and its answer finds nobody.
+    from dynamo_kvtc.adapters.vllm import manager
+
+    promise, manager.ANSWER_SECONDS = t.transcoder.promise, 0.3
+    t.transcoder.promise = lambda *what: (time.sleep(1.0), promise(*what))[1]
+    after("hanging_promises")
+    t.transcoder.promise, manager.ANSWER_SECONDS = promise, 10.0
     encode = t.transcoder.encode
 
     def raising(*what: Any) -> Any:

@@ -66,14 +66,14 @@ def test_tokens_and_logprobs_are_those_of_a_local_hit(model, any_artifact, tmp_p
 def test_faults_cost_a_recompute(model, any_artifact, tmp_path):
     seen = run("faults", model, tmp_path, any_artifact)
     phases = {name: phase for name, phase in seen.items() if isinstance(phase, dict) and "right" in phase}
-    assert len(phases) == 9
+    assert len(phases) == 10
     for name, phase in phases.items():
         assert phase["right"] == [True] * 6, name
         assert phase["ended"] == ["length"] * 6, name
     for name in ("restored", "stored_again", "stored_yet_again", "restored_at_last"):
         assert phases[name]["cached"] == [128] * 6, name
     assert 0 < phases["flipped_in_memory"]["cached"].count(0) < 6
-    for name in ("flipped_on_disk", "failing_stores", "stores_work_again"):
+    for name in ("flipped_on_disk", "hanging_promises", "failing_stores", "stores_work_again"):
         assert phases[name]["cached"] == [0] * 6, name
     assert seen["counts"]["failed"] > 0
     assert {"record_RecordCorruptError", "disk_corrupt", "load_RuntimeError", "encode_RuntimeError"} <= set(
