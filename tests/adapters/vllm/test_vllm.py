@@ -30,14 +30,14 @@ def any_artifact(model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def calibrated(model, tmp_path_factory) -> Path:
-    """At about 16x; small: what is asked is whether engine and evaluation agree."""
+    """At about 18x; small: what is asked is whether engine and evaluation agree."""
     from dynamo_kvtc.calibrate.run import CalibrationConfig, calibrate
     from dynamo_kvtc.calibrate.texts import draw_texts
     from dynamo_kvtc.codec.artifact import save_artifact
     from dynamo_kvtc.hf.model import load_model
 
     loaded = load_model(str(model), dtype="float32")
-    config = CalibrationConfig(groups=10, ratios=(16.0,), fisher_sequences=2)
+    config = CalibrationConfig(groups=10, ratios=(18.0,), fisher_sequences=2)
     manifest, tensors = calibrate(loaded, draw_texts(loaded, ["python"], 6_000, 512, 4), config, lambda *_: None)
     path = tmp_path_factory.mktemp("artifact") / "calibrated.safetensors"
     save_artifact(path, manifest, tensors)
