@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "dynamo_kvtc"
 
 # A room imports itself and rooms to its left. `__init__` is the package's own version number.
 ROOMS = [
-    "__init__", "errors", "types", "config", "progress", "ops", "store", "codec", "hf", "evaluate", "calibrate", "demo",
-    "bench", "adapters", "cli",
+    "__init__", "errors", "types", "config", "progress", "ops", "store", "codec", "tier", "hf", "evaluate", "calibrate",
+    "demo", "bench", "adapters", "cli",
 ]  # fmt: skip
 
 # Third parties and the modules (path prefixes inside the package) that may import them.
@@ -38,6 +38,7 @@ DOORS = {
     "kvbm": ["adapters/kvbm"],
     "dynamo": ["adapters/kvbm"],
     "zmq": ["adapters/kvbm/worker.py"],
+    "prometheus_client": ["tier/metrics.py"],
     "nats": ["events/nats.py"],
     # What the store uses, and what it is measured against.
     "sqlite3": ["store/disk_index.py", "bench/store_engines.py"],
@@ -47,7 +48,10 @@ DOORS = {
 }
 NUMBA = ["reference.py", "cpu.py"]
 NUMBA_OUTSIDE = ["calibrate/allocate.py", "calibrate/programme.py", "codec/header_scan.py"]
-HEAVY = ["transformers", "datasets", "gguf", "triton", "vllm", "kvbm", "zmq", "nats", "matplotlib", "click", "rich"]
+HEAVY = [
+    "transformers", "datasets", "gguf", "triton", "vllm", "kvbm", "zmq", "nats", "matplotlib", "click", "rich",
+    "prometheus_client",
+]  # fmt: skip
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -156,7 +160,11 @@ def test_deflate_is_in_one_place():
     assert used == {"crc32"}
 
 
-@pytest.mark.parametrize("module", ["dynamo_kvtc", "dynamo_kvtc.codec.pipeline", "dynamo_kvtc.adapters.kvbm"])
+@pytest.mark.parametrize(
+    "module",
+    ["dynamo_kvtc", "dynamo_kvtc.codec.pipeline", "dynamo_kvtc.tier.tier", "dynamo_kvtc.adapters.vllm",
+     "dynamo_kvtc.adapters.kvbm"],
+)  # fmt: skip
 def test_a_bare_import_pulls_in_nothing_heavy(module):
     code = f"import sys, {module}; print(' '.join(sorted(name.split('.')[0] for name in sys.modules)))"
     done = subprocess.run(

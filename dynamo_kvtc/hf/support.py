@@ -117,7 +117,7 @@ def read_and_prove(module: Any) -> tuple[KVShape, RopeSpec]:
     """
     check_config(module.config)
     restore_float32_frequencies(module)
-    inv_freq, scaling = _read_rotary(module)
+    inv_freq, scaling = read_rotary(module)
     device = module.get_input_embeddings().weight.device
     vocabulary = int(module.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
@@ -136,7 +136,7 @@ def read_and_prove(module: Any) -> tuple[KVShape, RopeSpec]:
         raise refuse(f"it has only {most} positions")
     shifts = sorted({min(shift, most - PROBE_TOKENS) for shift in PROBE_SHIFTS})
     shifted = [(shift, _probe(module, ids, start + shift)[0]) for shift in shifts]
-    after, _ = _read_rotary(module)
+    after, _ = read_rotary(module)
     if after != inv_freq:
         raise refuse("the model changed its RoPE frequencies while it ran: they depend on the sequence length")
     reasons = []
@@ -194,7 +194,7 @@ def _rotary_modules(module: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _read_rotary(module: Any) -> tuple[tuple[float, ...], float]:
+def read_rotary(module: Any) -> tuple[tuple[float, ...], float]:
     """(frequencies in radians per position, attention scaling) of the model's rotary modules, which must agree."""
     found = {
         (tuple(part.inv_freq.detach().float().flatten().tolist()), float(getattr(part, "attention_scaling", 1.0)))

@@ -1,0 +1,109 @@
+"""What the scheduler's side and the worker's share: they live in one process and find each other by the engine's id."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Any
+
+from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.tier.metrics import TierMetrics
+from dynamo_kvtc.tier.options import TierOptions
+from dynamo_kvtc.tier.tier import Tier
+
+_PENDING_STATS = 1 << 16
+
+
+class Shared:
+    """One engine's tier, its events and its numbers on their way to the engine."""
+
+    def __init__(self, options: TierOptions, events: bool) -> None:
+        self.options = options
+        self.tier: Tier | None = None
+        self.metrics = TierMetrics(sink=self._note)
+        self.events_on = events
+        self.takes_failures = False
+        """Whether vLLM hears of pages that a load could not fill; without that such a load ends the engine."""
+        self.names: dict[bytes, bytes] = {}
+        """The engine's key of a record's, for events alone."""
+        self._lock = threading.Lock()
+        self._where: dict[bytes, str] = {}
+        self._events: deque[tuple[bytes, str, bool]] = deque()
+        self._stats: deque[tuple[str, str, float, tuple[str, ...]]] = deque(maxlen=_PENDING_STATS)
+
+    def on_moved(self, key: bytes, tier: str) -> None:
+        if not self.events_on:
+            return
+        with self._lock:
+            name = self.names.get(key)
+            before = self._where.get(key)
+            self._where[key] = tier
+            if name is not None and before != tier:
+                self._events.append((name, tier, False))
+                if before is not None:
+                    self._events.append((name, before, True))
+
+    def on_removed(self, key: bytes) -> None:
+        if not self.events_on:
+            return
+        with self._lock:
+            name, before = self.names.pop(key, None), self._where.pop(key, None)
+            if name is not None and before is not None:
+                self._events.append((name, before, True))
+
+    def name(self, key: bytes, engine_key: bytes) -> None:
+        if self.events_on:
+            with self._lock:
+                self.names[key] = engine_key
+
+    def forget_all(self) -> None:
+        with self._lock:
+            self.names.clear()
+            self._where.clear()
+            self._events.clear()
+
+    def take_events(self) -> list[tuple[bytes, str, bool]]:
+        """(the engine's key, tier, whether removed)."""
+        with self._lock:
+            events, self._events = list(self._events), deque()
+        return events
+
+    def take_stats(self) -> list[tuple[str, str, float, tuple[str, ...]]]:
+        out = []
+        while self._stats:
+            out.append(self._stats.popleft())
+        return out
+
+    def _note(self, *what: Any) -> None:
+        self._stats.append(what)
+
+
+_engines: dict[str, Shared] = {}
+_lock = threading.Lock()
+
+
+def publish(engine_id: str, shared: Shared) -> None:
+    """Of the worker, once its tier is open. Raises ConfigError if that engine has one."""
+    with _lock:
+        old = _engines.get(engine_id)
+        if old is not None and old.tier is not None and not old.tier.closed:
+            raise ConfigError(f"engine {engine_id} has a tier already; one worker a process is supported")
+        _engines[engine_id] = shared
+
+
+def find(engine_id: str) -> Shared:
+    """Of the scheduler. Raises ConfigError if the worker is in another process."""
+    with _lock:
+        shared = _engines.get(engine_id)
+    if shared is None:
+        raise ConfigError(
+            "the scheduler finds no tier in its process: scheduler and worker must share one; set "
+            "--distributed-executor-backend uni (one GPU)"
+        )
+    return shared
+
+
+def withdraw(engine_id: str, shared: Shared) -> None:
+    with _lock:
+        if _engines.get(engine_id) is shared:
+            del _engines[engine_id]

@@ -1,0 +1,131 @@
+"""What vLLM's OffloadingConnector makes: the two sides, and all that is refused at start."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from vllm.v1.kv_offload.base import (
+    OffloadingCounterMetadata,
+    OffloadingGaugeMetadata,
+    OffloadingHistogramMetadata,
+    OffloadingManager,
+    OffloadingSpec,
+    OffloadingWorker,
+)
+
+from dynamo_kvtc.adapters.vllm._compat import KNOWS_SEQUENCES, RELEASE, EngineFacts, facts
+from dynamo_kvtc.adapters.vllm.layout import pages_of
+from dynamo_kvtc.adapters.vllm.manager import PREFIX, Manager
+from dynamo_kvtc.adapters.vllm.shared import Shared, find, publish
+from dynamo_kvtc.adapters.vllm.worker import Worker
+from dynamo_kvtc.codec.artifact import Artifact, load_artifact
+from dynamo_kvtc.errors import ConfigError, UnsupportedModelError
+from dynamo_kvtc.hf.checkpoint import checkpoint_digest, folder_of, read_config, rope_of, shape_of
+from dynamo_kvtc.tier.build import open_tier
+from dynamo_kvtc.tier.identity import EngineCache
+from dynamo_kvtc.tier.metrics import BUCKETS, COUNTERS, GAUGES, HISTOGRAMS, describe
+from dynamo_kvtc.tier.options import WEIGHTS, TierOptions, parse_options
+from dynamo_kvtc.types import ModelIdentity
+
+CONNECTORS_OWN = ("spec_name", "spec_module_path", "offload_prompt_only", "self_describing_kv_events")
+"""Options of kv_connector_extra_config that vLLM's connector reads; the others are the tier's."""
+
+log = logging.getLogger(__name__)
+
+
+class KvtcOffloadingSpec(OffloadingSpec):
+    @classmethod
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
+        """The names of ``tier.metrics`` behind vLLM's prefix, for vLLM's own /metrics."""
+        return {
+            **{PREFIX + n: OffloadingCounterMetadata(describe(n), labels) for n, labels in COUNTERS.items()},
+            **{PREFIX + n: OffloadingGaugeMetadata(describe(n), labels) for n, labels in GAUGES.items()},
+            **{
+                PREFIX + n: OffloadingHistogramMetadata(describe(n), labels, BUCKETS)
+                for n, labels in HISTOGRAMS.items()
+            },
+        }
+
+    def __init__(self, *config: Any) -> None:
+        super().__init__(*config)
+        self._facts = facts(self)
+        self._options = _options(self.extra_config)
+        check_engine(self._facts, self._options)
+        self._worker: Worker | None = None
+        self._manager: Manager | None = None
+
+    def get_worker(self, kv_caches: Any) -> OffloadingWorker:
+        if self._worker is None:
+            engine, options = self._facts, self._options
+            artifact = load_artifact(options.artifact, engine.rank)
+            cache = EngineCache(
+                *_model_of(engine, options, artifact), tp_rank=engine.rank, tp_size=engine.tp_size,
+                block_tokens=engine.block_tokens,
+            )  # fmt: skip
+            cache.check(artifact)
+            shared = Shared(options, self.kv_events_config.enable_kv_cache_events)
+            pages = pages_of(kv_caches, engine, artifact.shape)
+            shared.tier = open_tier(
+                options, cache, pages, artifact, shared.metrics, shared.on_moved, shared.on_removed
+            )  # fmt: skip
+            publish(engine.engine_id, shared)
+            self._worker = Worker(shared, engine.engine_id)
+            log.info(
+                "kvtc tier: %s, %d blocks of %d tokens on the engine's side", options, pages.blocks, cache.block_tokens
+            )
+        return self._worker
+
+    def get_manager(self) -> OffloadingManager:
+        if self._manager is None:
+            self._manager = Manager(find(self._facts.engine_id), self._facts.block_tokens)
+        return self._manager
+
+
+def _options(extra: Any) -> TierOptions:
+    own = {name: value for name, value in extra.items() if name not in CONNECTORS_OWN}
+    return parse_options(own, "kv_connector_extra_config")
+
+
+def check_engine(engine: EngineFacts, options: TierOptions) -> None:
+    """Raises ConfigError or UnsupportedModelError for what the adapter cannot serve right."""
+    if engine.world_size != 1:
+        raise ConfigError(
+            f"the engine has {engine.world_size} workers; scheduler and worker must share a process: 1 is supported "
+            "(tensor and pipeline parallelism: use the KVBM adapter)"
+        )
+    if len(engine.groups) != 1:
+        raise UnsupportedModelError(
+            f"the engine's cache has {len(engine.groups)} groups (hybrid attention: their layers share pages under "
+            "different block ids); one group is supported: a model with full attention in every layer"
+        )
+    if engine.blocks_per_chunk != 1:
+        raise ConfigError(f"the engine offloads {engine.blocks_per_chunk} blocks at once; 1 is supported")
+    if options.min_tokens and not KNOWS_SEQUENCES:
+        raise ConfigError(
+            f"min_tokens is {options.min_tokens}; vLLM {RELEASE[0]}.{RELEASE[1]} does not tell a sequence's length "
+            "when blocks are stored: leave it out"
+        )
+
+
+def _model_of(engine: EngineFacts, options: TierOptions, artifact: Artifact) -> tuple[ModelIdentity, Any, Any]:
+    """The engine's model as its checkpoint says: identity, cache shape, RoPE."""
+    config = read_config(engine.model)
+    shape = shape_of(config, engine.dtype)
+    digest = options.weights
+    if digest == WEIGHTS:
+        folder = folder_of(engine.model)
+        if folder is None:
+            raise ConfigError(
+                f"the files of {engine.model!r} are not on this machine, so weights cannot be verified: set weights to "
+                "the digest that `kvtc inspect` shows, if you know that it is this model's"
+            )
+        digest = checkpoint_digest(folder, shape.dtype)
+    architectures = getattr(config, "architectures", None)
+    identity = ModelIdentity(
+        model_id=engine.model,
+        revision=getattr(config, "_commit_hash", None) or "",
+        weights_digest=digest,
+        architecture=architectures[0] if architectures else artifact.manifest.model.architecture,
+    )
+    return identity, shape, rope_of(config, artifact.manifest.rope.style)

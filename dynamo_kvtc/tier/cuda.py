@@ -1,0 +1,193 @@
+"""Pages of an engine on a GPU: records are coded straight from the pages, and decoded straight out of the host arena
+into them.
+
+A promise checks a record's checksums on the host and keeps its lease; the GPU checks them again while it decodes. What
+the engine had launched by a fence is waited for on a stream of this side's own, so no thread of the engine waits.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynamo_kvtc.codec.paged import Blocks, PagedCodec
+from dynamo_kvtc.codec.pipeline import BlockCodec
+from dynamo_kvtc.codec.policy import ExactCounts
+from dynamo_kvtc.codec.record import Record
+from dynamo_kvtc.errors import ConfigError, RecordCorruptError, RecordError, RecordMismatchError
+from dynamo_kvtc.store import Lease
+from dynamo_kvtc.tier.transcode import Block, Promise, Put
+
+_ALIGNMENT = 16
+_FIRST = struct.Struct("<20xI")
+"""A record's first position in its fixed header (codec/FORMAT.md)."""
+SCRATCH_BYTES = 96 << 20
+"""Pinned memory that records pass through, each way: more than the codec's largest chunk of them."""
+
+
+class CudaTranscoder:
+    """arena: uint8 [bytes] over the host store's memory, pinned (``close`` unpins it), or None if there is none."""
+
+    staged_is_free = False
+
+    def __init__(
+        self, codec: PagedCodec, checker: BlockCodec, arena: Tensor | None, scratch_bytes: int = SCRATCH_BYTES
+    ) -> None:
+        """checker: the same artifact and point, for headers."""
+        self._codec, self._checker, self._arena = codec, checker, arena
+        self.block_tokens = codec.cache.tokens_per_block
+        self.raw_block_bytes = self.block_tokens * codec.artifact.shape.bytes_per_token
+        self.held_block_bytes = self.raw_block_bytes // 8
+        device = codec.cache.device
+        self._device, self._cuda = device, device.type == "cuda"
+        self._out = torch.empty(scratch_bytes, dtype=torch.uint8, pin_memory=self._cuda)
+        self._in = torch.empty(scratch_bytes, dtype=torch.uint8, pin_memory=self._cuda)
+        # One each way: what the codec's two halves share, they only read.
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if self._cuda else [None, None]
+
+    def fence(self) -> Any:
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def stage(self, blocks: Sequence[Block], fence: Any) -> tuple[Sequence[Block], Any]:
+        return blocks, fence
+
+    def encode(self, staged: tuple[Sequence[Block], Any], put: Put) -> tuple[list[bool], list[int], ExactCounts]:
+        blocks, fence = staged
+        stored: list[bool] = []
+        sizes: list[int] = []
+        policy = unfit = 0
+        waiting = [blocks]
+        while waiting:
+            part = waiting.pop(0)
+            try:
+                with self._on(self._streams[0], fence):
+                    encoded = self._codec.encode(self._blocks(part), self._out, 0)
+                    encoded.finish()
+            except ConfigError:
+                # Records that code badly, or are exact by policy, may need more room than all of them have.
+                if len(part) == 1:
+                    raise
+                middle = len(part) // 2
+                waiting[:0] = [part[:middle], part[middle:]]
+                continue
+            data = self._out.numpy().data
+            for block, at, size in zip(part, encoded.offsets, encoded.sizes, strict=True):
+                stored.append(put(block.key, data[int(at) : int(at) + int(size)]))
+                sizes.append(int(size))
+            policy += int((encoded.exact & encoded.asked).sum())
+            unfit += int((encoded.exact & ~encoded.asked).sum())
+        return stored, sizes, ExactCounts(policy, 0, unfit)
+
+    def promise(
+        self, keys: Sequence[bytes], leases: Sequence[Lease], tiers: Sequence[str], prove: bool
+    ) -> list[Promise | Exception]:
+        if not prove:
+            # The GPU checks all but this, and the position again with the header's checksum.
+            return [
+                Promise(key, tier, len(lease), (lease, _claimed_position(lease)), lease.release)
+                for key, lease, tier in zip(keys, leases, tiers, strict=True)
+            ]
+        return [self._promise(key, lease, tier) for key, lease, tier in zip(keys, leases, tiers, strict=True)]
+
+    def _promise(self, key: bytes, lease: Lease, tier: str) -> Promise | Exception:
+        try:
+            record: Record = self._checker.parse(lease.record)
+            if record.header.tokens != self.block_tokens:
+                raise RecordMismatchError(f"the record has {record.header.tokens} tokens, a block {self.block_tokens}")
+            for group in range(record.groups):
+                record.section(group)
+            first, last = int(record.header.positions[0]), int(record.header.positions[-1])
+        except RecordError as exc:
+            lease.release()
+            return exc
+        del record
+        return Promise(
+            key, tier, len(lease), (lease, first if last - first == self.block_tokens - 1 else -1), lease.release
+        )
+
+    def load(self, blocks: Sequence[Block], promises: Sequence[Promise], fence: Any) -> list[Exception | None]:
+        out: list[Exception | None] = [None] * len(blocks)
+        in_place, copied = [], []
+        for i, (block, promise) in enumerate(zip(blocks, promises, strict=True)):
+            lease, first = promise.held
+            if first != block.first_position:
+                out[i] = RecordMismatchError(f"the record starts at {first}, its block at {block.first_position}")
+            elif lease.offset is not None and self._arena is not None:
+                in_place.append(i)
+            else:
+                copied.append(i)
+        if in_place:
+            # In the arena's order records that were stored together are copied together.
+            in_place.sort(key=lambda i: promises[i].held[0].offset)
+            assert self._arena is not None
+            offsets = [promises[i].held[0].offset for i in in_place]
+            self._decode(self._arena, offsets, in_place, blocks, promises, fence, out)
+        while copied:
+            part, offsets, at = [], [], 0
+            while copied and at + promises[copied[0]].coded_bytes <= len(self._in):
+                i = copied.pop(0)
+                size = promises[i].coded_bytes
+                self._in.numpy()[at : at + size] = np.frombuffer(promises[i].held[0].record, np.uint8)
+                part.append(i)
+                offsets.append(at)
+                at += -(-size // _ALIGNMENT) * _ALIGNMENT
+            if not part:
+                raise ConfigError(
+                    f"a record of {promises[copied[0]].coded_bytes} bytes does not fit the scratch memory"
+                )
+            self._decode(self._in, offsets, part, blocks, promises, fence, out)
+        return out
+
+    def close(self) -> None:
+        if self._cuda:
+            for stream in self._streams:
+                assert stream is not None
+                stream.synchronize()
+            if self._arena is not None:
+                torch.cuda.cudart().cudaHostUnregister(self._arena.data_ptr())
+
+    def _decode(
+        self, arena: Tensor, offsets: Sequence[int], which: Sequence[int], blocks: Sequence[Block],
+        promises: Sequence[Promise], fence: Any, out: list[Exception | None],
+    ) -> None:  # fmt: skip
+        sizes = np.array([promises[i].coded_bytes for i in which], dtype=np.int64)
+        with self._on(self._streams[1], fence):
+            restore = self._codec.decode(
+                arena, np.array(offsets, np.int64), sizes, self._blocks([blocks[i] for i in which])
+            )
+        for i, status in zip(which, restore.finish(), strict=True):
+            if status:
+                out[i] = RecordCorruptError(f"the GPU found the record bad (status {status})")
+
+    def _blocks(self, blocks: Sequence[Block]) -> Blocks:
+        n = self.block_tokens
+        ids = torch.tensor([b.block_id for b in blocks], dtype=torch.int64)
+        first = torch.tensor([b.first_position for b in blocks], dtype=torch.int64)
+        step = torch.arange(n)
+        return Blocks.uniform((ids[:, None] * n + step).reshape(-1), (first[:, None] + step).reshape(-1), n)
+
+    @contextmanager
+    def _on(self, stream: Any, fence: Any) -> Iterator[None]:
+        """Launches on a stream after a fence."""
+        if stream is None:
+            yield
+            return
+        with torch.cuda.stream(stream):
+            if fence is not None:
+                stream.wait_event(fence)
+            yield
+
+
+def _claimed_position(lease: Lease) -> int:
+    """-1, where no block starts, for what is too short to say."""
+    return int(_FIRST.unpack_from(lease.record)[0]) if len(lease) >= _FIRST.size else -1

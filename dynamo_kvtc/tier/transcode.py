@@ -1,0 +1,78 @@
+"""Between pages and records: a seam with a side for engines on a CPU (cpu.py) and one for those on a GPU (cuda.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from dynamo_kvtc.codec.policy import ExactCounts
+from dynamo_kvtc.store import Lease
+
+
+@dataclass(frozen=True)
+class Block:
+    """A whole block of the engine's pages. key: of its record; first_position: of its first token in the sequence."""
+
+    key: bytes
+    block_id: int
+    first_position: int
+
+
+@dataclass
+class Promise:
+    """A record that has been read and found sound, kept until it is in pages: ``release`` lets it go.
+
+    tier: where it was; coded_bytes: its length; held: the side's own.
+    """
+
+    key: bytes
+    tier: str
+    coded_bytes: int
+    held: Any
+    let_go: Callable[[], None] | None = None
+
+    def release(self) -> None:
+        """Again is no error."""
+        let_go, self.let_go, self.held = self.let_go, None, None
+        if let_go is not None:
+            let_go()
+
+
+Put = Callable[[bytes, memoryview | bytes], bool]
+
+
+class Transcoder(Protocol):
+    """Moves blocks between pages and records. ``encode`` and ``promise``/``load`` come from two threads, one each."""
+
+    block_tokens: int
+    raw_block_bytes: int
+    held_block_bytes: int
+    """Of memory that a promise takes."""
+    staged_is_free: bool
+    """Whether pages may be written again as soon as ``stage`` returns: their bytes were copied."""
+
+    def fence(self) -> Any:
+        """On the engine's thread: a point in what it has launched. None where nothing is asynchronous."""
+        ...
+
+    def stage(self, blocks: Sequence[Block], fence: Any) -> Any:
+        """On the engine's thread, quickly: what ``encode`` needs. The fence: blocks are whole after it."""
+        ...
+
+    def encode(self, staged: Any, put: Put) -> tuple[list[bool], list[int], ExactCounts]:
+        """Records of the blocks handed to ``put`` in turn: what it said, their lengths, exact tokens by reason."""
+        ...
+
+    def promise(
+        self, keys: Sequence[bytes], leases: Sequence[Lease], tiers: Sequence[str], prove: bool
+    ) -> list[Promise | Exception]:
+        """Takes the leases over; what is not sound is an error, and its lease ends. prove: not False unless the caller
+        can bear that ``load`` finds a record bad, which may be much cheaper."""
+        ...
+
+    def load(self, blocks: Sequence[Block], promises: Sequence[Promise], fence: Any) -> list[Exception | None]:
+        """Into the pages, after the fence; done when it returns. An error: the block must count as not loaded."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,138 @@
+"""What a tier's threads do: blocks to records, records to promises, promises to pages. Each ends in counts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dynamo_kvtc.errors import RecordError
+from dynamo_kvtc.store import Lease
+from dynamo_kvtc.store.tiered import TieredStore
+from dynamo_kvtc.tier.estimate import Estimate
+from dynamo_kvtc.tier.lane import Closed, TooLate
+from dynamo_kvtc.tier.metrics import TierMetrics
+from dynamo_kvtc.tier.transcode import Block, Promise, Transcoder
+
+log = logging.getLogger(__name__)
+
+
+class Work:
+    def __init__(self, store: TieredStore, transcoder: Transcoder, metrics: TierMetrics, estimate: Estimate) -> None:
+        self._store, self.transcoder, self.metrics, self._estimate = store, transcoder, metrics, estimate
+
+    def encode(self, blocks: Sequence[Block], staged: Any) -> list[bytes]:
+        """Keys that are not stored."""
+        began = time.monotonic()
+        stored, sizes, exact = self.transcoder.encode(staged, self._store.put)
+        m = self.metrics
+        m.observe("kvtc_encode_seconds", time.monotonic() - began)
+        m.count("kvtc_raw_bytes", len(blocks) * self.transcoder.raw_block_bytes, "in")
+        m.count("kvtc_coded_bytes", sum(sizes), "in")
+        m.count("kvtc_stored_blocks", sum(stored), "stored")
+        m.count("kvtc_stored_blocks", len(stored) - sum(stored), "no_room")
+        for reason in ("policy", "nonfinite", "error_bound"):
+            m.count("kvtc_exact_tokens", getattr(exact, reason), reason)
+        return [block.key for block, yes in zip(blocks, stored, strict=True) if not yes]
+
+    def promise(self, keys: Sequence[bytes], prove: bool) -> dict[bytes, Promise]:
+        """The sound ones."""
+        leases: list[tuple[bytes, Lease, str]] = []
+        for tier, wanted in self._by_tier(keys).items():
+            began = time.monotonic()
+            found = self._store.get_many(wanted)
+            there = [(key, lease, tier) for key, lease in zip(wanted, found, strict=True) if lease is not None]
+            seconds = time.monotonic() - began
+            self.metrics.observe("kvtc_fetch_seconds", seconds, tier)
+            self._estimate.note_fetch(tier, len(wanted) * self.transcoder.block_tokens, seconds)
+            leases += there
+        missing = len(keys) - len(leases)
+        self.metrics.count("kvtc_lookup_blocks", missing, "miss", "none")
+        if not leases:
+            return {}
+        began = time.monotonic()
+        proven = self.transcoder.promise(
+            [k for k, _, _ in leases], [x for _, x, _ in leases], [t for _, _, t in leases], prove
+        )
+        seconds = time.monotonic() - began
+        out: dict[bytes, Promise] = {}
+        for (key, _, tier), promise in zip(leases, proven, strict=True):
+            if isinstance(promise, Exception):
+                # Damaged in memory: it would be found damaged for ever.
+                self.error(promise, "record")
+                self._store.remove(key)
+                self.metrics.count("kvtc_lookup_blocks", 1, "miss", tier)
+            else:
+                out[key] = promise
+                self.metrics.count("kvtc_lookup_blocks", 1, "hit", tier)
+        if self.transcoder.staged_is_free:
+            # Where a promise is decoded already.
+            self.metrics.observe("kvtc_decode_seconds", seconds)
+            self._estimate.note_decode(len(leases) * self.transcoder.block_tokens, seconds)
+        return out
+
+    def load(self, blocks: Sequence[Block], promises: Sequence[Promise] | None, fence: Any) -> list[bytes]:
+        """Keys that are not loaded."""
+        if promises is None:
+            made = self.promise([b.key for b in blocks], prove=False)
+            found = [(block, made[block.key]) for block in blocks if block.key in made]
+        else:
+            found = list(zip(blocks, promises, strict=True))
+        errors: list[Exception | None] = []
+        try:
+            began = time.monotonic()
+            if found:
+                errors = self.transcoder.load([b for b, _ in found], [p for _, p in found], fence)
+            seconds = time.monotonic() - began
+            loaded = [(b, p) for (b, p), error in zip(found, errors, strict=True) if error is None]
+            coded = sum(p.coded_bytes for _, p in loaded)
+        finally:
+            for _, promise in found:
+                promise.release()
+        for (block, _), error in zip(found, errors, strict=True):
+            if error is not None:
+                self.error(error, "record")
+                self._store.remove(block.key)
+        if not self.transcoder.staged_is_free and loaded:
+            self.metrics.observe("kvtc_decode_seconds", seconds)
+            self._estimate.note_decode(len(loaded) * self.transcoder.block_tokens, seconds)
+        self.metrics.count("kvtc_raw_bytes", len(loaded) * self.transcoder.raw_block_bytes, "out")
+        self.metrics.count("kvtc_coded_bytes", coded, "out")
+        self.metrics.count("kvtc_loaded_blocks", len(loaded), "loaded")
+        self.metrics.count("kvtc_loaded_blocks", len(blocks) - len(loaded), "failed")
+        good = {block.key for block, _ in loaded}
+        return [block.key for block in blocks if block.key not in good]
+
+    def demote(self, source: bytes, target: bytes) -> bool:
+        host, disk = self._store.host, self._store.disk
+        lease = None if host is None or disk is None else host.get(source)
+        if lease is None:
+            return False
+        with lease:
+            assert disk is not None
+            return disk.put(target, lease.record)
+
+    def waited(self, seconds: float) -> None:
+        self.metrics.observe("kvtc_queue_seconds", seconds, "load")
+        self._estimate.note_wait(seconds)
+
+    def store_failed(self, blocks: Sequence[Block], why: BaseException) -> None:
+        self.error(why, "encode")
+        self.metrics.count("kvtc_stored_blocks", len(blocks), "failed")
+
+    def error(self, why: BaseException, where: str) -> None:
+        """Known kinds by name; anything else is a defect of ours, told with its trace."""
+        if isinstance(why, (Closed, TooLate, RecordError)):
+            log.info("%s: %s: %s", where, type(why).__name__, why)
+        else:
+            log.error("%s failed", where, exc_info=why)
+        self.metrics.count("kvtc_errors", 1, f"{where}_{type(why).__name__}")
+
+    def _by_tier(self, keys: Sequence[bytes]) -> dict[str, list[bytes]]:
+        out: dict[str, list[bytes]] = {}
+        for key in keys:
+            tier = self._store.tier_of(key)
+            if tier is not None:
+                out.setdefault(tier, []).append(key)
+        return out
