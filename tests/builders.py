@@ -6,8 +6,10 @@ import math
 import os
 import secrets
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -35,11 +37,27 @@ NOISE = 2.0**-7
 POINTS = (("fine", 0.1), ("coarse", 0.25))
 
 
-def fresh_seed() -> int:
-    """A new seed, printed: pytest shows it if the test fails. KVTC_TEST_SEED=<number> repeats it."""
-    seed = int(os.environ.get("KVTC_TEST_SEED", "0")) or secrets.randbits(32)
+def case_seed() -> int:
+    """A seed from the running test's name, the same in every run: a change is judged by what it changed.
+
+    KVTC_TEST_SEED=fresh draws a new one (`make soak` does), KVTC_TEST_SEED=<number> repeats one. Printed, so that
+    pytest shows it if the test fails.
+    """
+    asked = os.environ.get("KVTC_TEST_SEED", "")
+    if asked == "fresh":
+        seed = secrets.randbits(32)
+    elif asked:
+        seed = int(asked)
+    else:
+        case = os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0]
+        _ASKED[case] += 1
+        seed = crc32(f"{case} {_ASKED[case]}".encode())
     print(f"seed: KVTC_TEST_SEED={seed}")
     return seed
+
+
+_ASKED: Counter[str] = Counter()
+"""Seeds that a test has asked for: each of its own."""
 
 
 def default_rope(shape: KVShape) -> RopeSpec:

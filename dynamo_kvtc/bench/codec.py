@@ -37,8 +37,8 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class CodecCase:
     """What to measure. ratios: of coded tokens; requests x tokens are coded in one call; groups: layer groups (default:
-    as `kvtc calibrate` has it); max_rank: components kept per layer group; lanes: rANS lanes a token (default: by the
-    rank); prefill: whether to time a random-weight model of the shape, too."""
+    as `kvtc calibrate` has it); max_rank: components kept per layer group; lanes: rANS lanes a token (default: by
+    their cost); prefill: whether to time a random-weight model of the shape, too."""
 
     shape: str
     ratios: tuple[float, ...]
@@ -133,6 +133,12 @@ def _one(
     row["first_group_s"], row["all_groups_s"], row["decode_stages_s"] = _decode_stages(
         decoder, lambda: decoder.decode(arena, encoded.offsets, encoded.sizes, back)
     )
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    decode()
+    # What a restore needs beside cache and bases: the decoder's workspace, and what the call took for itself.
+    row["restore_bytes"] = decoder.restore_workspace_bytes + torch.cuda.max_memory_allocated() - before
     row["encode_stages_s"] = _stages(codec, encode)
     row["floors_s"] = _floors(point.groups, shape, len(slots), row, rates)
     return row

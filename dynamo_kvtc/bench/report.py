@@ -20,7 +20,7 @@ _COLUMNS = (
     "faster", "prefill", "512 tokens",
 )  # fmt: skip
 _COLOURS = {
-    "copy": "#0072B2", "checksum": "#56B4E9", "rANS": "#E69F00", "rotations": "#999999", "project": "#009E73",
+    "checksum": "#56B4E9", "rANS": "#E69F00", "rotations": "#999999", "project": "#009E73",
     "quantise": "#F0E442", "gather": "#CC79A7", "pack": "#D55E00", "exact": "#000000",
 }  # fmt: skip
 _LEFT_OUT = ("encode", "decode")

@@ -25,11 +25,13 @@ LEADING = 32
 """Components that predict: all are worth little more, and these are coded with the common step."""
 
 PROBES = 96
+"""At most."""
 
 PROBE_STRENGTH = 3.0
 """At 1, steps would halve for a token whose probes say that it loses twice as much squared error; but probes tell only
 part of it. SmolLM2 calibrated on prose and maths, at 30x, on code: 1.49 times the KL of a calibration with code at 0,
-1.37 at 1, 1.29 at 2, 1.25 at 3, while that calibration itself went from 26.0x to 25.6x, 25.2x and 25.3x."""
+1.37 at 1, 1.29 at 2 (8 sequences), 1.25 at 3 (16), while that calibration itself went from 26.0x to 25.6x, 25.2x and
+25.3x."""
 
 STRENGTH = 0.7
 _LEVELS_PER_NAT = 0.5 * 4 / math.log(2)
@@ -58,14 +60,15 @@ class ImportanceModel:
     def none(cls) -> ImportanceModel:
         return cls(torch.zeros(2, 0, dtype=torch.float64), float(FINENESS_NEUTRAL))
 
-    def at_step(self, step: float, coefficients: Tensor, outside: Tensor) -> tuple[Tensor, int]:
+    def at_step(self, step: float, y: Tensor, outside: Tensor) -> tuple[Tensor, int]:
         """weights int32 [2, F + probes] for symbols of this step and bias, in units of 2**-SCORE_BITS of a level.
 
-        coefficients: float32 [n, R] of sampled tokens; outside: float32 [n], energy that no component holds.
+        y: float32 [n, R], sampled tokens' coefficients in steps; outside: float64 [n], energy that no component holds,
+        in squared steps.
         """
         weights, bias = self.weights * step, self.bias
         if self.probes:
-            of_probes, at_rest = self._probe(coefficients / step, outside.double() / step**2)
+            of_probes, at_rest = self._probe(y, outside)
             weights = torch.cat([weights, torch.stack([of_probes, torch.zeros_like(of_probes)])], dim=1)
             bias += at_rest
         limit = 2.0**31 - 1

@@ -79,7 +79,7 @@ class KvtcPoints:
 
     peak, norm: largest scaled channel and Euclidean norm of all but the most extreme tokens; reach: float32 [P] per
     part, how far all but one in 2,000 of its values go; outside: float32 [n] per part, each token's energy that no
-    component holds; lanes: rANS lanes a token (default: by the number of components).
+    component holds; lanes: rANS lanes a token (default: by their cost).
     """
 
     transforms: list[KvtcTransform]

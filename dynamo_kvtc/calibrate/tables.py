@@ -182,7 +182,8 @@ class _Lanes:
     @classmethod
     def of(cls, coefficients: Tensor, model: ImportanceModel, outside: Tensor, step: float) -> _Lanes:
         y = coefficients / step
-        weights, bias = model.at_step(step, coefficients, outside)
+        outside = outside.double() / step**2
+        weights, bias = model.at_step(step, y, outside)
         weights = weights.to(y.device)
         n = weights.shape[1]
         leading = torch.sign(y[:, :n]) * (y[:, :n].abs() + 0.45).floor().clamp(max=SYMBOL_MAX)
@@ -192,7 +193,7 @@ class _Lanes:
         scale = magnitude.mean(dim=0)
         live = torch.nonzero(scale > _SMALLEST_SCALE)[:, 0]
         rank = max(int(live[-1]) + 1 if len(live) else 0, n)
-        dropped = magnitude[:, rank:].double().square().sum(dim=1) + outside.double() * (gain.double() / step).square()
+        dropped = magnitude[:, rank:].double().square().sum(dim=1) + outside * gain.double().square()
         return cls(
             dropped, magnitude[:, :rank], torch.sign(y[:, :rank]).to(torch.int8),
             scale[:rank].clamp(min=1e-6), weights, bias, torch.zeros(rank, dtype=torch.int64, device=y.device),

@@ -54,7 +54,7 @@ def calibrate_command(
 @click.option("--requests", default=1, show_default=True, help="Requests coded in one call.")
 @click.option("--groups", type=int, help="Layer groups.  [default: as `kvtc calibrate` has it]")
 @click.option("--max-rank", default=6144, show_default=True, help="Components kept per layer group at most.")
-@click.option("--lanes", type=int, help="rANS lanes a token.  [default: by the rank]")
+@click.option("--lanes", type=int, help="rANS lanes a token.  [default: by their cost]")
 @click.option("--chunk", default=None, type=int, metavar="TOKENS", help="Tokens the GPU works on at once.")
 @click.option("--prefill/--no-prefill", default=True, show_default=True, help="Time a random-weight model, too.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the rows as JSON.")

@@ -121,43 +121,22 @@ def write_headers(
     least = raw.shape[1]
     short = header == least
     # Nearly all records: no exact tokens, no gaps.
-    raw[short, CRC_OFFSET:FIXED_BYTES] = _checksums(raw[short])
-    _windows(arena, least)[offsets[short]] = raw[short]
+    usual = raw[short]
+    header_scan.seal(usual, CRC_OFFSET, _crc_table())
+    _windows(arena, least)[offsets[short]] = usual
     for b in np.flatnonzero(~short):
         own = slice(first[b], first[b] + counts[b])
         tail = np.packbits(exact[own], bitorder="little").tobytes() if exact_counts[b] else b""
         if gaps[b]:
             tail += positions[own].astype("<u4").tobytes()
         whole = np.frombuffer(raw[b].tobytes() + tail + b"\0" * (len(tail) % 2), np.uint8).copy()
-        whole[CRC_OFFSET:FIXED_BYTES] = np.array([crc32(whole.tobytes())], dtype="<u4").view(np.uint8)
+        header_scan.seal(whole[None], CRC_OFFSET, _crc_table())
         arena[offsets[b] : offsets[b] + len(whole)] = whole
 
 
 def _windows(arena: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """View [n, size] of the ``size`` bytes from each byte of the arena on."""
     return as_strided(arena, (max(len(arena) - size + 1, 0), size), (1, 1))
-
-
-def _checksums(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """uint8 [n, 4] of rows uint8 [n, bytes], whose checksum's place holds zeros."""
-    zeros, tables = _crc_tables(rows.shape[1])
-    places = np.arange(rows.shape[1], dtype=np.int32) * 256
-    found = np.bitwise_xor.reduce(tables.take(rows + places), axis=1) ^ zeros
-    return found.astype("<u4").view(np.uint8).reshape(-1, 4)
-
-
-@lru_cache(maxsize=8)
-def _crc_tables(size: int) -> tuple[np.uint32, NDArray[np.uint32]]:
-    """CRC-32 of ``size`` zeros, and uint32 [size * 256]: what each byte at each place changes in it, by xor."""
-    zeros = crc32(bytes(size))
-    tables = np.zeros((size, 256), dtype=np.uint32)
-    row = bytearray(size)
-    for place in range(size):
-        for value in range(1, 256):
-            row[place] = value
-            tables[place, value] = crc32(row) ^ zeros
-        row[place] = 0
-    return np.uint32(zeros), tables.reshape(-1)
 
 
 def read_headers(

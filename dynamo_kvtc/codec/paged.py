@@ -3,13 +3,15 @@
     encode: per chunk of blocks, per layer group: gather + fixed point -> int8 product -> quantise -> which tokens stay
             exact -> entropy code -> sizes to the host -> payloads side by side -> checksum and copy into the arena ->
             headers
-    decode: headers on the host; per layer group, per chunk: records to the GPU -> checksum -> entropy decode to levels
-            -> product that undoes scale and mean, applies RoPE and writes the pages -> an event per layer group
+    decode: records to the GPU, headers on the host meanwhile; per layer group, per chunk: checksum -> entropy decode to
+            levels -> product that undoes scale and mean, applies RoPE and writes the pages -> an event per layer group.
+            A call whose levels fit the workspace has all layer groups' decoded at once, products one by one
 
 ``paged_encode`` and ``paged_decode`` hold what the profiles share; ``paged_kvtc`` (rANS in lanes) and ``paged_paper``
 (DEFLATE by nvCOMP, K and V apart) the rest. Records are those of ``codec.pipeline``, to the byte but for how DEFLATE
 streams spell theirs. Everything is asynchronous on the codec's streams; the host waits once per chunk while encoding,
-to learn the records' sizes, and never while decoding. Memory is taken once.
+to learn the records' sizes, and never while decoding. Workspace is taken once; lists of a call's blocks and tokens, and
+their rotations, come from PyTorch's caches.
 """
 
 from __future__ import annotations
@@ -100,7 +102,8 @@ class Blocks:
 class PagedCodec:
     """Encodes and decodes blocks of one paged cache at one operating point of an artifact, of either profile.
 
-    One codec works on one call at a time; its streams let it run beside the engine.
+    One codec works on one ``encode`` and one ``decode`` at a time, which share nothing that either writes; its streams
+    let it run beside the engine.
     """
 
     def __init__(
@@ -165,6 +168,11 @@ class PagedCodec:
     def workspace_bytes(self) -> int:
         """Bytes of workspace on the device, for encoding and decoding."""
         return self._encoder.nbytes + self._decoder.nbytes
+
+    @property
+    def restore_workspace_bytes(self) -> int:
+        """Bytes of workspace on the device, for decoding alone."""
+        return self._decoder.nbytes
 
     def encode(self, blocks: Blocks, arena: Tensor, at: int = 0) -> Encoded:
         """Records of blocks into ``arena`` from byte ``at`` on: ``paged_encode.Encoded``.

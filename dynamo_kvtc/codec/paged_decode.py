@@ -127,6 +127,7 @@ class Decoder(ABC):
         self._free = [torch.cuda.Event() for _ in range(RING)] if self._cuda else []
         self._chosen = torch.empty(t, dtype=torch.int64, device=device)
         self._exact_slots = torch.empty(t, dtype=torch.int64, device=device)
+        header_scan.compile_all()
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +144,6 @@ class Decoder(ABC):
         """Blocks whose section is not what its checksum says get a status; returns the memory to read sections from.
 
         turn: where in the ring the records are.
-
         together: records stay in the ring, and rows are the chunk's own, until all layer groups are done: those after g
             may be seen to at once.
         """
@@ -156,6 +156,7 @@ class Decoder(ABC):
     def decode(
         self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks
     ) -> Restore:  # fmt: skip
+        self._check_sizes(arena, offsets, sizes, blocks)
         groups = range(len(self._codec.artifact.manifest.groups))
         chunks = self._chunks(len(arena), offsets, sizes, blocks)
         once = len(chunks) <= RING
@@ -177,7 +178,6 @@ class Decoder(ABC):
                     batch = read_headers(
                         arena.numpy(), offsets[own], sizes[own], blocks.counts[own], self._codec.identity
                     )
-                    self._check_moved(sizes[own], batch)
                     host[own] = torch.from_numpy(batch.status)
                     status[own].copy_(host[own], non_blocking=True)
                     sent[i] = self._send(chunks[i], blocks, batch, chunks[i].tokens.start if together else 0)
@@ -230,13 +230,18 @@ class Decoder(ABC):
             start = end
         return out
 
-    def _check_moved(self, sizes: NDArray[np.int64], batch: HeaderBatch) -> None:
-        """Raises ConfigError for a sound record that is too large to be moved."""
-        most = int(sizes[batch.status == 0].max(initial=0))
-        if most > self._codec.limits.record_bytes:
-            raise ConfigError(
-                f"a record of {most} bytes; PagedLimits.record_bytes is {self._codec.limits.record_bytes}"
+    def _check_sizes(
+        self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks
+    ) -> None:  # fmt: skip
+        """Raises ConfigError, before anything is launched, for a sound record that is too large to be moved."""
+        limit = self._codec.limits.record_bytes
+        large = np.flatnonzero(sizes > limit)
+        if len(large):
+            batch = read_headers(
+                arena.numpy(), offsets[large], sizes[large], blocks.counts[large], self._codec.identity
             )
+            for size in sizes[large][batch.status == 0]:
+                raise ConfigError(f"a record of {size} bytes; PagedLimits.record_bytes is {limit}")
 
     def _load(self, arena: Tensor, chunk: _Chunk, turn: int) -> Any:
         """A chunk's records on their way to the GPU; the event of their arrival."""

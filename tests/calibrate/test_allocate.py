@@ -11,7 +11,7 @@ from dynamo_kvtc.calibrate.allocate import Allocation, allocate, allocate_many, 
 from dynamo_kvtc.errors import CalibrationError, ConfigError, TooFewTokensError, UnreachableTargetError
 from dynamo_kvtc.ops import affine, project
 from dynamo_kvtc.ops.affine.reference import Layout
-from tests.builders import fresh_seed
+from tests.builders import case_seed
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 
@@ -64,7 +64,7 @@ def brute_force(x: Tensor, sizes: tuple[int, ...], budget_bits: int) -> float:
 
 @pytest.mark.parametrize("components", [1, 2, 5, 6])
 def test_programme_is_brute_force_on_tiny_cases(components: int) -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     for _ in range(4):
         x = decaying(generator, 7, components, generator.uniform(0, 1.5))
         for budget_bytes in (5, 6, 9, 10, 12, 17, 21):
@@ -76,7 +76,7 @@ def test_programme_is_brute_force_on_tiny_cases(components: int) -> None:
 
 
 def test_programme_skips_components_that_hold_nothing() -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     x = torch.zeros(9, 100)
     x[:, :16] = decaying(generator, 9, 16, 0.2)
     x[:, 70:86] = decaying(generator, 9, 16, 0.2)
@@ -89,7 +89,7 @@ def test_programme_skips_components_that_hold_nothing() -> None:
 
 
 def test_error_and_bits_are_what_the_allocation_gives() -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     x = decaying(generator, 64, 400, 0.7)
     ratios = [3.0, 8.0, 16.0, 25.0]
     found = allocate_many(x, 400, ratios)
@@ -106,7 +106,7 @@ def test_error_and_bits_are_what_the_allocation_gives() -> None:
 
 
 def test_one_table_serves_every_ratio() -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     x = decaying(generator, 32, 300, 0.8)
     together = allocate_many(x, 300, [16.0, 4.0, 8.0])
     for ratio, a in zip([16.0, 4.0, 8.0], together, strict=True):
@@ -116,7 +116,7 @@ def test_one_table_serves_every_ratio() -> None:
 
 
 def test_large_budget_uses_no_more_than_there_is() -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     x = decaying(generator, 16, 20)
     found = allocate(x, 5000, 2)
     assert found.mse < 1e-4 * float(x.square().sum(dim=1).mean())
@@ -138,7 +138,7 @@ def test_ratio_out_of_reach_names_the_range(ratio: float) -> None:
 
 
 def test_reachable_range_is_honest() -> None:
-    x = decaying(np.random.default_rng(fresh_seed()), 64, 20, 2.0)
+    x = decaying(np.random.default_rng(case_seed()), 64, 20, 2.0)
     found = allocate(x, 100, 40.0)
     assert found.sizes.tolist() == [1]
     assert found.bits <= 40
@@ -165,7 +165,7 @@ def calibration(generator: np.random.Generator, tokens: int, channels: int, rank
 
 
 def test_part_error_is_in_channel_units_and_counts_what_the_basis_lacks() -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     rows, mean, basis = calibration(generator, 700, 128, 40)
     for factor in (1.0, 100.0):
         unit = paper_unit(rows.var(dim=0) * factor**2)
@@ -181,7 +181,7 @@ def test_part_error_is_in_channel_units_and_counts_what_the_basis_lacks() -> Non
 
 
 def test_part_leaves_out_saturated_tokens() -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     rows, mean, basis = calibration(generator, 64, 64, 20)
     unit = paper_unit(rows.var(dim=0))
     clean = fit_paper_part(rows, mean, basis, unit, [4.0])[0]
@@ -201,7 +201,7 @@ def test_unit_holds_sixteen_deviations_of_the_largest_channel() -> None:
 @needs_gpu
 @pytest.mark.gpu
 def test_gpu_finds_the_same_allocation() -> None:
-    x = decaying(np.random.default_rng(fresh_seed()), 200, 1500, 0.6)
+    x = decaying(np.random.default_rng(case_seed()), 200, 1500, 0.6)
     here, there = allocate_many(x, 1500, [8.0, 16.0]), allocate_many(x.cuda(), 1500, [8.0, 16.0])
     for a, b in zip(here, there, strict=True):
         assert a.mse == pytest.approx(b.mse, rel=1e-6)

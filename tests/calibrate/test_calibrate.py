@@ -15,7 +15,7 @@ from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.codec.policy import ExactPolicy
 from dynamo_kvtc.errors import CalibrationError, ConfigError, UnreachableTargetError
 from dynamo_kvtc.types import KVShape
-from tests.builders import fresh_seed
+from tests.builders import case_seed
 
 NO_LIMIT = ExactPolicy(sinks=0, max_error=float("inf"))
 
@@ -56,7 +56,7 @@ def coded_ratio(artifact: Artifact, point: str, model: object, sequences: list[T
 
 
 def test_kvtc_keeps_its_promise(tiny_llama, tmp_path):
-    seed = fresh_seed()
+    seed = case_seed()
     texts = texts_of(seed)
     manifest, tensors = calibrate(tiny_llama, texts, config(), quiet)
     save_artifact(tmp_path / "a.safetensors", manifest, tensors)
@@ -88,7 +88,7 @@ def test_kvtc_keeps_its_promise(tiny_llama, tmp_path):
 
 def test_importance_is_learnt_where_there_are_tokens_enough(tiny_llama):
     """Its weights reach the artifact, and tokens of several finenesses come of it."""
-    texts = texts_of(fresh_seed(), fit=20)
+    texts = texts_of(case_seed(), fit=20)
     manifest, tensors = calibrate(tiny_llama, texts, config(ratios=(8.0,), groups=1), quiet)
     weights = tensors["rank0.group0.point0.importance"]
     (part,) = parts_of(tiny_llama.shape, split_layers(tiny_llama.shape.layers, 1), 1)
@@ -98,19 +98,19 @@ def test_importance_is_learnt_where_there_are_tokens_enough(tiny_llama):
     k, v = tiny_llama.prefill(texts.held_out[0])
     (symbols,), _ = codec._quantise(k, v, torch.arange(200))
     assert len((symbols[SINKS:, 0] % 16).unique()) >= 3
-    few, tensors = calibrate(tiny_llama, texts_of(fresh_seed(), fit=4), config(ratios=(8.0,), groups=1), quiet)
+    few, tensors = calibrate(tiny_llama, texts_of(case_seed(), fit=4), config(ratios=(8.0,), groups=1), quiet)
     assert tensors["rank0.group0.point0.importance"].shape == (2, 0)
     assert few.calibration["fisher_sequences"] == 4
 
 
 def test_the_same_texts_and_seed_give_the_same_artifact(tiny_llama):
-    texts = texts_of(fresh_seed(), fit=4, held_out=3)
+    texts = texts_of(case_seed(), fit=4, held_out=3)
     a, b, c = (calibrate(tiny_llama, texts, config(ratios=(8.0,), seed=s), quiet)[0] for s in (0, 0, 1))
     assert a.digest == b.digest != c.digest
 
 
 def test_paper_spends_what_it_says(tiny_llama):
-    texts = texts_of(fresh_seed(), fit=8, held_out=4)
+    texts = texts_of(case_seed(), fit=8, held_out=4)
     manifest, tensors = calibrate(tiny_llama, texts, config(profile="paper", groups=1, ratios=(4.0, 6.0)), quiet)
     assert [point.name for point in manifest.points] == ["4", "6"]
     artifact = Artifact(manifest, tensors)
@@ -127,7 +127,7 @@ def test_paper_spends_what_it_says(tiny_llama):
 
 @pytest.mark.parametrize("profile", ["kvtc", "paper"])
 def test_ranks_have_their_own_coding(tiny_llama, profile):
-    texts = texts_of(fresh_seed(), fit=6, held_out=3)
+    texts = texts_of(case_seed(), fit=6, held_out=3)
     change = {"profile": profile, "tp_size": 2, "groups": 1, "ratios": (5.0,)}
     manifest, tensors = calibrate(tiny_llama, texts, config(**change), quiet)
     assert {name.split(".")[0] for name in tensors} == {"rank0", "rank1"}
@@ -146,7 +146,7 @@ def test_ranks_have_their_own_coding(tiny_llama, profile):
 
 
 def test_a_target_kl_is_solved_by_what_is_measured(tiny_llama):
-    texts = texts_of(fresh_seed(), fit=6, held_out=4)
+    texts = texts_of(case_seed(), fit=6, held_out=4)
     asked: list[str] = []
 
     def measure(artifact: Artifact, point: str) -> float:
@@ -167,7 +167,7 @@ def test_a_target_kl_is_solved_by_what_is_measured(tiny_llama):
 
 
 def test_expected_kl_of_the_model_itself(tiny_llama):
-    texts = texts_of(fresh_seed(), fit=6, held_out=3)
+    texts = texts_of(case_seed(), fit=6, held_out=3)
     measure = kl_measure(tiny_llama, texts.held_out)
     manifest, tensors = calibrate(tiny_llama, texts, config(ratios=(6.0, 14.0), groups=1), quiet, measure)
     found = [point.expected_kl for point in manifest.points]
@@ -176,7 +176,7 @@ def test_expected_kl_of_the_model_itself(tiny_llama):
 
 
 def test_a_ratio_out_of_reach_is_refused_with_the_range(tiny_llama):
-    texts = texts_of(fresh_seed(), fit=4, held_out=3)
+    texts = texts_of(case_seed(), fit=4, held_out=3)
     with pytest.raises(UnreachableTargetError, match=r"ratio 5000 cannot be reached .* reachable is about"):
         calibrate(tiny_llama, texts, config(ratios=(5000.0,)), quiet)
 
@@ -199,7 +199,7 @@ def test_a_model_whose_cache_is_not_finite_is_refused(tiny_llama, profile):
             return k * float("nan"), v
 
     with pytest.raises(CalibrationError, match="NaN or Inf on calibration sequence 0"):
-        calibrate(Broken(), texts_of(fresh_seed(), fit=4, held_out=3), config(profile=profile), quiet)
+        calibrate(Broken(), texts_of(case_seed(), fit=4, held_out=3), config(profile=profile), quiet)
 
 
 def test_settings_that_cannot_be_meant(tiny_llama):

@@ -8,7 +8,7 @@ import torch
 
 from dynamo_kvtc.calibrate.covariance import StreamingCovariance, eigenbasis
 from dynamo_kvtc.errors import TooFewTokensError
-from tests.builders import fresh_seed
+from tests.builders import case_seed
 
 
 def rows_of(generator: np.random.Generator, tokens: int, channels: int, offset: float = 0.0) -> np.ndarray:
@@ -28,7 +28,7 @@ def streamed(rows: np.ndarray, cuts: list[int]) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("cuts", [[], [1], [7, 8, 200], list(range(2, 400, 3))])
 def test_streaming_equals_numpy_whatever_the_batches(offset, cuts):
     """A large mean must not eat the variances: in plain float32 sums, 300**2 would leave two digits of them."""
-    rows = rows_of(np.random.default_rng(fresh_seed()), 400, 23, offset)
+    rows = rows_of(np.random.default_rng(case_seed()), 400, 23, offset)
     mean, covariance = streamed(rows, cuts)
     exact = rows.astype(np.float64)
     np.testing.assert_allclose(mean.numpy(), exact.mean(axis=0), rtol=1e-6, atol=1e-5)
@@ -47,7 +47,7 @@ def test_fewer_than_two_tokens_are_refused():
 
 @pytest.mark.parametrize("rank", [1, 7, 30])
 def test_eigenbasis_against_numpy(rank):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     wanted = np.cov(rows_of(generator, 500, 30).astype(np.float64).T)
     basis, values = eigenbasis(torch.from_numpy(wanted).float(), rank)
     assert basis.shape == (30, rank)
@@ -61,7 +61,7 @@ def test_eigenbasis_against_numpy(rank):
 
 
 def test_a_singular_covariance_has_no_negative_eigenvalue():
-    rows = rows_of(np.random.default_rng(fresh_seed()), 6, 20)
+    rows = rows_of(np.random.default_rng(case_seed()), 6, 20)
     basis, values = eigenbasis(streamed(rows, [])[1], 20)
     assert (values >= 0).all()
     assert (values[6:] < 1e-4 * values[0]).all()

@@ -17,7 +17,7 @@ from dynamo_kvtc.calibrate.importance import (
     fit_importance,
 )
 from dynamo_kvtc.ops import quantize
-from tests.builders import fresh_seed
+from tests.builders import case_seed
 
 LEVELS_PER_NAT = 2 / math.log(2)
 
@@ -28,8 +28,8 @@ def features(generator: np.random.Generator, tokens: int, components: int = 40) 
 
 
 def sampled(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coefficients that leave nothing outside."""
-    return y, torch.zeros(len(y))
+    """Coefficients, in steps, that leave nothing outside."""
+    return y, torch.zeros(len(y), dtype=torch.float64)
 
 
 def predicted(model: ImportanceModel, y: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,7 @@ def predicted(model: ImportanceModel, y: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_planted_dependence_is_found_and_recency_left_out():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     y = features(generator, 30_000)
     age = torch.from_numpy(generator.integers(1, 2000, len(y))).float()
     signal = 0.5 * y[:, 0] / 6 - 0.7 * y[:, 2].abs() / 3 + 0.4 * y[:, 5] / 2
@@ -57,7 +57,7 @@ def test_a_planted_dependence_is_found_and_recency_left_out():
 
 
 def test_importance_that_follows_nothing_moves_little():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     y = features(generator, 20_000)
     importance = torch.from_numpy(generator.gamma(0.7, 1.0, len(y))).float()
     model = fit_importance(y, importance, torch.ones(len(y)))
@@ -65,7 +65,7 @@ def test_importance_that_follows_nothing_moves_little():
 
 
 def test_none_for_too_few_tokens():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     enough = 20 * (2 * LEADING + 2)
     for tokens, leading in ((enough - 1, 0), (enough, LEADING), (0, 0)):
         y = features(generator, tokens)
@@ -78,13 +78,13 @@ def test_none_for_too_few_tokens():
 
 
 def test_fewer_components_than_predictors():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     y = features(generator, 2000, 5)
     assert fit_importance(y, y[:, 0].exp(), torch.ones(2000)).weights.shape == (2, 5)
 
 
 def test_tokens_without_any_gradient_do_not_break_the_fit():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     y = features(generator, 3000)
     importance = torch.from_numpy(generator.gamma(1.0, 1.0, 3000) * (generator.random(3000) < 0.5)).float()
     importance[7] = 1e6
@@ -95,11 +95,11 @@ def test_tokens_without_any_gradient_do_not_break_the_fit():
 
 def test_weights_are_for_the_symbols_of_any_step():
     """The score of a token's symbols is what the model predicts for it, within what rounding to symbols takes."""
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     y = features(generator, 500)
     model = ImportanceModel(torch.from_numpy(generator.normal(0, 0.2, (2, LEADING))), 4.5)
     wanted = (predicted(model, y) + quantize.FINENESS_NEUTRAL).round().clamp(0, 12)
-    weights, bias = model.at_step(0.01, *sampled(y))
+    weights, bias = model.at_step(0.01, *sampled(y / 0.01))
     assert weights.dtype == torch.int32
     symbols = (y[:, :LEADING] / 0.01).round().to(torch.int16)
     inside = (symbols.abs() < quantize.CLIP).all(dim=1)
@@ -131,7 +131,7 @@ def test_probes_follow_the_leading_components_and_lie_all_over_the_rest(rank):
 @pytest.mark.parametrize("step", [0.3, 0.6])
 def test_tokens_unlike_the_sample_are_coded_finer(step):
     """The same first components, the others twice as large: what is small enough to be lost is not, then."""
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     rank = 1500
     order, probes = component_order(rank)
     assert probes > 80
@@ -144,7 +144,7 @@ def test_tokens_unlike_the_sample_are_coded_finer(step):
         y[:, LEADING:] *= scale * activity
         return y.float()
 
-    weights, bias = model.at_step(step, *sampled(tokens(1.0)))
+    weights, bias = model.at_step(step, *sampled(tokens(1.0) / step))
     assert weights.shape == (2, LEADING + probes)
     assert bool((weights[0] >= 0).all())
     assert not weights[1].any()

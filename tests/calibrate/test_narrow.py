@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynamo_kvtc.calibrate.narrow import GUARDED, exponent_of, quantise_narrow
 from dynamo_kvtc.ops.quantize import UNIT_BITS
-from tests.builders import fresh_seed
+from tests.builders import case_seed
 
 
 def orthonormal(generator: np.random.Generator, channels: int, rank: int) -> Tensor:
@@ -34,7 +34,7 @@ def plain(basis: Tensor, scale: Tensor, exponent: int) -> Tensor:
 
 @pytest.mark.parametrize(("channels", "rank"), [(1, 1), (16, 12), (64, 64), (384, 48), (1000, 130)])
 def test_entries_are_close_to_the_basis(channels, rank):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     basis = orthonormal(generator, channels, rank)
     entries, scale, exponent = quantise_narrow(basis, deviations(channels, 0.8))
     assert (entries.dtype, scale.dtype, type(exponent)) == (torch.int8, torch.uint8, int)
@@ -49,7 +49,7 @@ def test_entries_are_close_to_the_basis(channels, rank):
 @pytest.mark.parametrize("decay", [0.8, 1.5])
 def test_rounding_errors_are_orthogonal_to_the_leading_components(decay):
     """The energy that leaks from all of them together into the others, against plain rounding."""
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     channels, rank = 1536, 200
     basis, deviation = orthonormal(generator, channels, rank), deviations(channels, decay)
     entries, scale, exponent = quantise_narrow(basis, deviation)
@@ -67,7 +67,7 @@ def test_rounding_errors_are_orthogonal_to_the_leading_components(decay):
 
 def test_leaks_stay_well_below_a_step():
     """Components of 500 steps and less leak less than a tenth of a step into any other; plain rounding, up to half."""
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     channels, rank = 1536, 100
     basis, deviation = orthonormal(generator, channels, rank), deviations(channels, 0.8)
     entries, scale, exponent = quantise_narrow(basis, deviation)
@@ -80,7 +80,7 @@ def test_leaks_stay_well_below_a_step():
 
 
 def test_columns_stay_orthonormal_within_a_percent():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     basis = orthonormal(generator, 1536, 100)
     b = stored(*quantise_narrow(basis, deviations(1536, 0.8)))
     assert (b.T @ b - torch.eye(100)).abs().max() < 0.01
@@ -95,7 +95,7 @@ def test_exponent_follows_the_channels(channels):
 
 
 def test_scales_are_the_least_that_hold_a_column():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     basis = orthonormal(generator, 1536, 60)
     basis[:, 7] = 0.0
     basis[0, 7] = 1.0
@@ -123,7 +123,7 @@ def test_columns_of_a_single_entry_are_kept(channels):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_gpu_rounds_as_well():
     """Not to the same bits, since its sums differ in the last place, but leaking as little."""
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     basis, deviation = orthonormal(generator, 768, 100), deviations(768, 0.8)
     leading = basis[:, :GUARDED].double() * deviation[:GUARDED].double()
 

@@ -18,7 +18,7 @@ from dynamo_kvtc.codec.kvtc_point import level_bias
 from dynamo_kvtc.ops import quantize, rans
 from dynamo_kvtc.ops.project import quantise_basis
 from dynamo_kvtc.types import KVShape, ModelIdentity
-from tests.builders import default_rope, fresh_seed
+from tests.builders import case_seed, default_rope
 
 COMPONENTS = 64
 CHANNELS = 1536
@@ -88,7 +88,7 @@ def profile_of(
 @pytest.mark.parametrize("step", [0.05, 0.4, 3.0])
 @pytest.mark.parametrize("important", [False, True])
 def test_expected_bits_are_the_measured_cross_entropy(step, important):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     y = draw(generator, 3000)
     model = random_model(generator) if important else NONE
     profile, fitted, rows = profile_of(y, step, model, generator)
@@ -109,14 +109,17 @@ def test_expected_bits_are_the_measured_cross_entropy(step, important):
     if step < 1:
         assert len((symbols[:, 0] // 16).unique()) >= 3, "tokens of different size are meant to choose different tables"
     again, _ = profile.quantise(0, *profile.dequantise(0, symbols))
-    same = (again == symbols).all(dim=1).double().mean()
-    # At the finest step there are tokens of thousands of own steps, of which a fifth may leak.
-    assert same == 1 if step > 0.1 else same > 0.98, "importance, fitted or not, must not break what coding again gives"
+    same = again == symbols
+    assert ((again[:, 0] ^ symbols[:, 0]) % 16 == 0).all(), "importance must not break what coding again gives"
+    # What is large leaks through the narrow basis, 8 bits an entry: a fifth of a step, for a token of thousands of own
+    # steps, as there are at the finest; else one in a million symbols.
+    assert same.all(dim=1).double().mean() > (0.999 if step > 0.1 else 0.98)
+    assert (again - symbols).abs()[:, 1:].max() <= 1
 
 
 def test_table_choice_pays():
     """Against the neutral tables for every token."""
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     y = draw(generator, 2000)
     profile, _, rows = profile_of(y, 0.3, NONE, generator)
     symbols, _ = profile.quantise(0, *split_rows(rows, 1, 1, CHANNELS // 2))
@@ -126,7 +129,7 @@ def test_table_choice_pays():
 
 
 def test_bits_fall_and_error_stays_as_the_step_grows():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     y = draw(generator, 1500)
     model = random_model(generator)
     fits = [fit([y], step, [model]) for step in np.geomspace(0.02, 10.0, 9)]
@@ -140,7 +143,7 @@ def test_bits_fall_and_error_stays_as_the_step_grows():
 
 def test_live_components_end_where_they_cost_more_than_they_mend():
     """Twenty large components and forty-four next to nothing."""
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     y = draw(generator, 1500)
     y[:, 20:] = 0.01 * torch.from_numpy(generator.standard_normal((1500, COMPONENTS - 20))).float()
     y[:, :20] = torch.from_numpy(generator.laplace(0, 5, (1500, 20))).float()
@@ -152,7 +155,7 @@ def test_live_components_end_where_they_cost_more_than_they_mend():
 
 
 def test_a_group_of_nothing_has_no_live_component():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     nothing = fit([draw(generator, 50), torch.zeros(50, 8)], 1.0, [NONE, NONE]).groups[1]
     assert (len(nothing.classes), nothing.bits, nothing.error) == (0, 0.0, 0.0)
 
@@ -163,7 +166,7 @@ def test_a_step_beyond_every_component_leaves_none():
 
 
 def test_groups_share_tables_and_keep_their_own_lanes():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     large, small = draw(generator, 1200), 0.1 * draw(generator, 1200, 40)
     fitted = fit([large, small], 0.2, [random_model(generator), NONE])
     assert [group.importance.shape[1] for group in fitted.groups] == [LEADING, 0]
@@ -178,7 +181,7 @@ def test_groups_share_tables_and_keep_their_own_lanes():
 
 def test_levels_stay_inside_their_bins():
     """The centroid never leaves a symbol's bin, or coding a decoded block again would change symbols."""
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     for step in (0.03, 0.5, 4.0):
         fitted = fit([draw(generator, 800)], step, [NONE])
         rounding = fitted.rounding / 2**20
@@ -190,7 +193,7 @@ def test_levels_stay_inside_their_bins():
 
 def test_quantising_minds_the_bits():
     """At a free rate the thresholds are those of plain rounding; at a price the zero bin is wider."""
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     y = draw(generator, 1500)
     free, dear = (fit([y], 1.0, [NONE], slope) for slope in (0.0, 2 * LAMBDA))
     assert dear.bits < free.bits
@@ -199,7 +202,7 @@ def test_quantising_minds_the_bits():
 
 def test_components_that_narrow_levels_cannot_hold_are_wide():
     """Levels reach 127 / 5 = 25 steps: what is often beyond is wide, with all before it."""
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     y = draw(generator, 2000)
     widths = [fit([y], step, [NONE]).groups[0].wide for step in (0.05, 0.2, 0.8, 3.0)]
     assert widths == sorted(widths, reverse=True)
@@ -217,7 +220,7 @@ def test_components_that_narrow_levels_cannot_hold_are_wide():
 def test_the_error_is_what_the_quantiser_says_of_a_token(important):
     """Leading components in the token's own steps too, levels clipped and rounded as the decoder has them, and the
     energy outside the components."""
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     n, step = 1500, 0.7
     y = draw(generator, n)
     model = random_model(generator) if important else NONE

@@ -22,14 +22,14 @@ from dynamo_kvtc.errors import (
     ConfigError,
 )
 from dynamo_kvtc.types import KVShape, ModelIdentity, RopeSpec
-from tests.builders import fresh_seed, make_artifact, same_bits
+from tests.builders import case_seed, make_artifact, same_bits
 
 SHAPE = KVShape(2, 2, 8, "bfloat16")
 
 
 @pytest.fixture
 def made():
-    return make_artifact(SHAPE, groups=((0, 1), (1, 2)), components=6, seed=fresh_seed())
+    return make_artifact(SHAPE, groups=((0, 1), (1, 2)), components=6, seed=case_seed())
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_saving_over_an_old_file_gives_the_new_one(made, path):
 def test_a_flipped_bit_anywhere_is_refused(path):
     data = path.read_bytes()
     (header,) = struct.unpack_from("<Q", data)
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     original = parse_artifact(data)
     places = [*range(8), *generator.integers(8, 8 + header, 150), *generator.integers(8 + header, len(data), 100)]
     for place in map(int, [*places, len(data) - 1]):
@@ -136,7 +136,7 @@ def test_a_flipped_bit_anywhere_is_refused(path):
 
 def test_truncated_or_longer_files_are_refused(path):
     data = path.read_bytes()
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     for end in [0, 1, 7, 8, 9, len(data) - 1, *map(int, generator.integers(0, len(data), 20))]:
         with pytest.raises(ArtifactFormatError):
             parse_artifact(data[:end])
@@ -210,7 +210,7 @@ def test_wrong_digest_names_both(path, made):
 
 
 def test_tensor_parallel_ranks(tmp_path):
-    manifest, tensors, zero = make_artifact(KVShape(2, 4, 8, "float16"), tp_size=2, components=4, seed=fresh_seed())
+    manifest, tensors, zero = make_artifact(KVShape(2, 4, 8, "float16"), tp_size=2, components=4, seed=case_seed())
     path = tmp_path / "tp"
     save_artifact(path, manifest, tensors)
     one = load_artifact(path, rank=1)

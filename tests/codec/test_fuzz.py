@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 
 from tests import fuzz_records
-from tests.builders import fresh_seed
+from tests.builders import case_seed
 
 
 def test_damaged_records_are_refused_or_decode_to_something_sound():
-    seed = fresh_seed()
+    seed = case_seed()
     counts: Counter[str] = Counter()
     fuzz_records.warm_up(seed)
     with fuzz_records.bounded_memory():
@@ -24,7 +24,7 @@ def test_damaged_records_are_refused_or_decode_to_something_sound():
 def test_damaged_artifacts_are_refused():
     counts: Counter[str] = Counter()
     with fuzz_records.bounded_memory():
-        fuzz_records.fuzz_artifacts(60, fresh_seed(), counts)
+        fuzz_records.fuzz_artifacts(60, case_seed(), counts)
     assert counts["artifacts re-signed: ArtifactFormatError"] >= 20, counts
     assert counts["artifacts odd: decoded"] == 5, counts
 
@@ -43,7 +43,7 @@ def test_each_lie_in_a_signed_artifact_is_refused(lie, signed_artifact):
 
 @pytest.mark.parametrize("oddity", fuzz_records.ODDITIES, ids=lambda lie: lie.__name__)
 def test_an_artifact_of_extreme_numbers_still_codes(oddity, large_artifact):
-    fuzz_records.use_artifact(fuzz_records.forge_artifact(large_artifact, oddity), fresh_seed())
+    fuzz_records.use_artifact(fuzz_records.forge_artifact(large_artifact, oddity), case_seed())
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from dynamo_kvtc.codec.kvtc_point import level_bias
 from dynamo_kvtc.errors import ArtifactFormatError
 from dynamo_kvtc.ops import quantize
 from dynamo_kvtc.types import KVShape
-from tests.builders import CLASSES, LEADING, ROUNDING, fresh_seed, make_artifact, random_kv, same_bits
+from tests.builders import CLASSES, LEADING, ROUNDING, case_seed, make_artifact, random_kv, same_bits
 
 # At the rough step most inputs are narrow, a few wide; at the others nearly all are wide.
 POINTS = (("fine", 0.1), ("coarse", 0.25), ("rough", 2.0))
@@ -27,7 +27,7 @@ POINTS = (("fine", 0.1), ("coarse", 0.25), ("rough", 2.0))
 def artifact() -> Artifact:
     """Of 384 and 768 channels: rounding errors can be kept orthogonal to the components there are."""
     shape = KVShape(3, 3, 64, "float32")
-    return make_artifact(shape, groups=((0, 1), (1, 3)), components=64, points=POINTS, seed=fresh_seed())[2]
+    return make_artifact(shape, groups=((0, 1), (1, 3)), components=64, points=POINTS, seed=case_seed())[2]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def profile(artifact) -> KvtcProfile:
 
 
 def kv(artifact: Artifact, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return random_kv(artifact, tokens, fresh_seed(), torch.zeros(tokens, dtype=torch.int64))
+    return random_kv(artifact, tokens, case_seed(), torch.zeros(tokens, dtype=torch.int64))
 
 
 def with_tensors(artifact: Artifact, **changes: torch.Tensor) -> Artifact:
@@ -265,7 +265,7 @@ def test_decoding_is_what_the_format_says(artifact):
 
 
 def test_a_narrow_level_stays_a_fifth_of_a_step_inside_its_bin():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     scale = torch.arange(1, 256, dtype=torch.int32).repeat(20)
     rounding = torch.from_numpy(generator.integers(0, int(0.8 * 2**20), len(scale))).int()
     centroid = torch.from_numpy(generator.uniform(-1, 1, len(scale))).float()
@@ -294,7 +294,7 @@ def test_no_live_components_decode_to_the_mean(lanes):
 
 def test_a_point_without_narrow_or_without_wide_components():
     """No importance and no wide component: fineness is the bias. All wide: the narrow basis is idle."""
-    made = make_artifact(KVShape(1, 3, 64, "float32"), components=12, points=(("rough", 2.0),), seed=fresh_seed())[2]
+    made = make_artifact(KVShape(1, 3, 64, "float32"), components=12, points=(("rough", 2.0),), seed=case_seed())[2]
     k, v = kv(made, 40)
     rank = made.tensor("group0.point0.classes", torch.uint8, -1).shape[0]
     none = torch.zeros(2, 0, dtype=torch.int32)

@@ -16,12 +16,12 @@ from dynamo_kvtc.codec.lanes import class_offsets, overhead_bits_per_token, pack
 from dynamo_kvtc.errors import ConfigError, RecordCorruptError, RecordFormatError
 from dynamo_kvtc.ops import rans
 from dynamo_kvtc.types import KVShape
-from tests.builders import LEADING, fresh_seed, make_artifact, random_kv
+from tests.builders import LEADING, case_seed, make_artifact, random_kv
 
 
 def made(lanes: int) -> tuple[KvtcProfile, Artifact]:
     shape = KVShape(3, 2, 16, "float32")
-    artifact = make_artifact(shape, groups=((0, 1), (1, 3)), components=24, lanes=lanes, seed=fresh_seed())[2]
+    artifact = make_artifact(shape, groups=((0, 1), (1, 3)), components=24, lanes=lanes, seed=case_seed())[2]
     return KvtcProfile(artifact, 0), artifact
 
 
@@ -32,7 +32,7 @@ def coded(request) -> tuple[KvtcProfile, Artifact]:
 
 def symbols_of(coded: tuple[KvtcProfile, Artifact], tokens: int, group: int = 1) -> torch.Tensor:
     profile, artifact = coded
-    k, v = random_kv(artifact, tokens, fresh_seed(), torch.zeros(tokens, dtype=torch.int64))
+    k, v = random_kv(artifact, tokens, case_seed(), torch.zeros(tokens, dtype=torch.int64))
     start, end = artifact.manifest.groups[group]
     return profile.quantise(group, k[start:end], v[start:end])[0]
 
@@ -54,7 +54,7 @@ def test_pack_and_unpack(coded, sizes):
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("excess", [0, 1, 255, 256, 60_000])
 def test_lengths_come_back_in_the_fewest_bytes(tokens, lanes, excess):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     count = tokens * lanes
     lengths = generator.integers(2, 3 + excess, count)
     lengths[0], lengths[-1] = 2, 2 + (excess if count > 1 else 0)
@@ -95,7 +95,7 @@ def test_lane_lengths_of_every_width(width):
     shape = KVShape(1, 1, 256, "float32")
     artifact = make_artifact(shape, components=400 if width == 2 else 64, seed=3)[2]
     profile = KvtcProfile(artifact, 0)
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     rank = len(profile.groups[0].classes)
     symbols = np.zeros((5, 1 + rank), np.int16)
     symbols[:, 0] = 4 + 16 * 8
@@ -193,7 +193,7 @@ def test_another_number_of_lanes_reads_no_token_wrongly(coded, other):
 
 def test_random_damage_is_refused_or_reads_as_symbols(coded):
     profile = coded[0]
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     (payload,) = profile.pack(1, symbols_of(coded, 6), [6])
     refused = 0
     for _ in range(200):
@@ -214,7 +214,7 @@ def test_a_lane_too_long_for_a_record_is_refused():
     profile = KvtcProfile(make_artifact(KVShape(1, 1, 8, "float32"), components=4)[2], 0)
     classes = np.zeros(40_000, np.uint8)
     object.__setattr__(profile.groups[0], "classes", classes)
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     wild = torch.from_numpy(generator.integers(20_000, 32768, (1, 1 + len(classes))).astype(np.int16))
     wild[0, 0] = 4 + 16 * 8
     with pytest.raises(ConfigError, match="use more layer groups"):
@@ -228,7 +228,7 @@ def test_a_lane_too_long_for_a_record_is_refused():
 @pytest.mark.parametrize("lanes", LANES)
 def test_overhead_is_what_records_spend_beside_the_entropy(lanes):
     profile, artifact = made(lanes)
-    k, v = random_kv(artifact, 512, fresh_seed(), torch.zeros(512, dtype=torch.int64))
+    k, v = random_kv(artifact, 512, case_seed(), torch.zeros(512, dtype=torch.int64))
     spent = floor = 0.0
     for g, (start, end) in enumerate(artifact.manifest.groups):
         symbols, _ = profile.quantise(g, k[start:end], v[start:end])

@@ -14,7 +14,7 @@ from dynamo_kvtc.errors import ConfigError, RecordCorruptError
 from dynamo_kvtc.ops.lanes import BAD_CHECKSUM, BAD_DIRECTORY, BAD_LANE
 from dynamo_kvtc.ops.pages import PagedCache
 from dynamo_kvtc.types import KVShape
-from tests.builders import fresh_seed, gapped_positions, make_artifact, random_kv, same_bits
+from tests.builders import case_seed, gapped_positions, make_artifact, random_kv, same_bits
 
 # Small, like all that follows: the interpreter takes seconds for what a GPU does in microseconds.
 LIMITS = PagedLimits(encode_tokens=18, decode_tokens=18, record_bytes=1 << 20)
@@ -84,7 +84,7 @@ SHAPES = [
 @pytest.mark.parametrize(("shape", "tokens", "groups", "lanes", "gaps"), SHAPES)
 def test_records_are_the_cpus_and_each_reads_the_others(kernel_device, shape, tokens, groups, lanes, gaps, point):
     components, block_tokens = 20 if tokens > 1 else 72, 8 if tokens > 17 else 16
-    case = Case(kernel_device, shape, tokens, fresh_seed(), groups, lanes, gaps, point=point,
+    case = Case(kernel_device, shape, tokens, case_seed(), groups, lanes, gaps, point=point,
                 block_tokens=block_tokens, components=components)  # fmt: skip
     for group in case.reference.profile.groups:
         assert 0 < group.wide.shape[1] < len(group.classes), "the case is meant to have both kinds of components"
@@ -120,7 +120,7 @@ def test_records_are_the_cpus_and_each_reads_the_others(kernel_device, shape, to
 def test_chunks_that_stay_on_the_gpu_and_chunks_that_come_again(kernel_device, decode_tokens, chunks):
     """All layer groups of all chunks at once; one by one; one by one, the records brought again for each."""
     limits = PagedLimits(encode_tokens=18, decode_tokens=decode_tokens, record_bytes=1 << 16)
-    case = Case(kernel_device, KVShape(2, 1, 64, "bfloat16"), 10, fresh_seed(), ((0, 1), (1, 2)), 2, block_tokens=2,
+    case = Case(kernel_device, KVShape(2, 1, 64, "bfloat16"), 10, case_seed(), ((0, 1), (1, 2)), 2, block_tokens=2,
                 limits=limits)  # fmt: skip
     theirs = [b.record for b in case.reference.encode_blocks(case.k, case.v, case.positions, block_tokens=2)]
     arena, sizes = case.arena(), np.array([len(record) for record in theirs])
@@ -146,7 +146,7 @@ def test_chunks_that_stay_on_the_gpu_and_chunks_that_come_again(kernel_device, d
 
 
 def test_exact_tokens_of_every_reason(kernel_device):
-    seed = fresh_seed()
+    seed = case_seed()
     case = Case(kernel_device, KVShape(2, 2, 64, "bfloat16"), 32, seed, ((0, 1), (1, 2)), gaps=None,
                 policy=ExactPolicy(sinks=0, max_error=1.0))  # fmt: skip
     k, v = case.k.clone(), case.v.clone()
@@ -166,7 +166,7 @@ def test_exact_tokens_of_every_reason(kernel_device):
 
 
 def test_blocks_of_any_size_scattered_in_the_arena(kernel_device):
-    case = Case(kernel_device, KVShape(2, 1, 64, "bfloat16"), 21, fresh_seed(), ((0, 1), (1, 2)))
+    case = Case(kernel_device, KVShape(2, 1, 64, "bfloat16"), 21, case_seed(), ((0, 1), (1, 2)))
     counts = np.array([1, 16, 3, 1], dtype=np.int32)
     records, start = [], 0
     for count in counts:
@@ -197,7 +197,7 @@ def test_blocks_of_any_size_scattered_in_the_arena(kernel_device):
 
 
 def test_a_damaged_record_is_reported_and_its_neighbours_come_back(kernel_device):
-    case = Case(kernel_device, KVShape(2, 1, 64, "bfloat16"), 12, fresh_seed(), ((0, 1), (1, 2)), block_tokens=4)
+    case = Case(kernel_device, KVShape(2, 1, 64, "bfloat16"), 12, case_seed(), ((0, 1), (1, 2)), block_tokens=4)
     arena, encoded = case.encode()
     clean = case.empty()
     assert (
@@ -227,7 +227,7 @@ def test_a_record_whose_lanes_lie_is_caught_behind_its_checksum(kernel_device):
     from dynamo_kvtc.codec.record import build_record, parse_record
 
     case = Case(
-        kernel_device, KVShape(1, 1, 64, "bfloat16"), 16, fresh_seed(), policy=ExactPolicy(sinks=0), block_tokens=8
+        kernel_device, KVShape(1, 1, 64, "bfloat16"), 16, case_seed(), policy=ExactPolicy(sinks=0), block_tokens=8
     )
     records = [b.record for b in case.reference.encode_blocks(case.k, case.v, case.positions, block_tokens=8)]
     parsed = parse_record(records[1])
@@ -263,7 +263,7 @@ def test_a_record_whose_lanes_lie_is_caught_behind_its_checksum(kernel_device):
 
 
 def test_bad_calls_are_refused_before_any_launch(kernel_device):
-    case = Case(kernel_device, KVShape(2, 1, 64, "bfloat16"), 16, fresh_seed(), block_tokens=8)
+    case = Case(kernel_device, KVShape(2, 1, 64, "bfloat16"), 16, case_seed(), block_tokens=8)
     arena, encoded = case.encode()
     full = int(encoded.offsets[-1] + encoded.sizes[-1])
     for told, call in [

@@ -19,7 +19,7 @@ from dynamo_kvtc.ops.deflate import nvcomp
 from dynamo_kvtc.ops.lanes import BAD_CHECKSUM, BAD_DIRECTORY, BAD_LANE
 from dynamo_kvtc.ops.pages import PagedCache
 from dynamo_kvtc.types import KVShape
-from tests.builders import fresh_seed, gapped_positions, make_paper_artifact, random_kv, same_bits
+from tests.builders import case_seed, gapped_positions, make_paper_artifact, random_kv, same_bits
 
 LIMITS = PagedLimits(encode_tokens=16, decode_tokens=24, record_bytes=1 << 20)
 POISON = 7.0
@@ -31,7 +31,7 @@ class Case:
 
     def __init__(self, device, shape, tokens, groups, gaps=False, block_tokens=4, point="coarse", policy=None,
                  limits=LIMITS):  # fmt: skip
-        seed = fresh_seed()
+        seed = case_seed()
         self.generator = np.random.default_rng(seed)
         self.artifact = make_paper_artifact(shape, groups, seed)[2]
         self.positions = gapped_positions(tokens, seed) if gaps else torch.arange(tokens)

@@ -26,7 +26,7 @@ from dynamo_kvtc.errors import (
 from dynamo_kvtc.ops import affine, deflate, project
 from dynamo_kvtc.ops.rope import apply_rope, remove_rope
 from dynamo_kvtc.types import KVShape, ModelIdentity
-from tests.builders import default_rope, fresh_seed, same_bits
+from tests.builders import case_seed, default_rope, same_bits
 
 RATIOS = (4.0, 8.0, 16.0)
 NO_LIMIT = ExactPolicy(sinks=0, max_error=1e9)
@@ -107,12 +107,12 @@ class Source:
 
 @pytest.fixture(scope="module", params=list(SHAPES))
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return Source(SHAPES[request.param], tmp_path_factory.mktemp("paper"), fresh_seed(), groups=1)
+    return Source(SHAPES[request.param], tmp_path_factory.mktemp("paper"), case_seed(), groups=1)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return Source(KVShape(2, 1, 64, "bfloat16"), tmp_path_factory.mktemp("paper"), fresh_seed(), groups=2)
+    return Source(KVShape(2, 1, 64, "bfloat16"), tmp_path_factory.mktemp("paper"), case_seed(), groups=2)
 
 
 def squared_error(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
@@ -154,7 +154,7 @@ def test_reported_error_is_the_decoded_error(source: Source) -> None:
 
 def test_the_error_is_summed_exactly() -> None:
     """Any order of the components gives the same bits, up to the largest sum there can be."""
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     terms = torch.from_numpy(generator.exponential(1.0, (40, 3000)) * 2.0 ** generator.uniform(-14, 45, (40, 3000)))
     total = _exact_sum(terms)
     assert total.dtype == torch.float64
@@ -310,7 +310,7 @@ def test_damaged_records_are_refused_or_decode_to_the_same(small: Source) -> Non
     codec = BlockCodec(small.artifact, "16", NO_LIMIT)
     k, v, positions = small.kv(16)
     record = codec.encode_block(k, v, positions).record
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     for at in generator.integers(0, len(record), 60).tolist():
         damaged = bytearray(record)
         damaged[at] ^= 1 << int(generator.integers(8))

@@ -15,7 +15,7 @@ from dynamo_kvtc.codec.policy import ExactPolicy
 from dynamo_kvtc.codec.record import MAX_BLOCK_TOKENS, RecordHeader, build_record
 from dynamo_kvtc.errors import ConfigError, RecordFormatError, RecordMismatchError
 from dynamo_kvtc.types import KVShape, RopeSpec
-from tests.builders import default_rope, fresh_seed, gapped_positions, make_artifact, random_kv, same_bits
+from tests.builders import case_seed, default_rope, gapped_positions, make_artifact, random_kv, same_bits
 
 GROUPS = {1: ((0, 3),), 2: ((0, 1), (1, 3)), 3: ((0, 1), (1, 2), (2, 3))}
 NONE = ExactPolicy(sinks=0)
@@ -36,7 +36,7 @@ LANES = [1, 2, 4, 8]
 
 @pytest.mark.parametrize(("dtype", "heads", "dim"), SIZES)
 def test_round_trip(dtype, heads, dim):
-    seed = fresh_seed()
+    seed = case_seed()
     groups = GROUPS[1 + SIZES.index((dtype, heads, dim)) % 3]
     shape = KVShape(3, heads, dim, dtype)
     rope = default_rope(shape) if dim != 96 else RopeSpec((0.9, 0.11, 0.03), 1.1, "interleaved")
@@ -71,7 +71,7 @@ def awkward(tokens: int, artifact: Artifact, seed: int) -> tuple[torch.Tensor, t
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_exact_tokens_keep_every_bit(dtype):
-    seed = fresh_seed()
+    seed = case_seed()
     artifact = small(dtype, seed)
     codec = BlockCodec(artifact, "coarse")
     tokens = 37
@@ -91,7 +91,7 @@ def test_exact_tokens_keep_every_bit(dtype):
 
 
 def test_all_tokens_exact_and_none():
-    seed = fresh_seed()
+    seed = case_seed()
     artifact = small("bfloat16", seed)
     codec = BlockCodec(artifact, "coarse")
     k, v = awkward(19, artifact, seed)
@@ -109,7 +109,7 @@ def test_all_tokens_exact_and_none():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_token_that_is_not_finite_is_stored_exact_and_counted(dtype, value):
-    seed = fresh_seed()
+    seed = case_seed()
     artifact = small(dtype, seed)
     codec = BlockCodec(artifact, "coarse", NONE)
     k, v = random_kv(artifact, 33, seed)
@@ -130,7 +130,7 @@ def test_a_token_that_is_not_finite_is_stored_exact_and_counted(dtype, value):
 @pytest.mark.parametrize("factor", [30.0, 3000.0])
 def test_an_outlier_is_stored_exact_and_counted(factor):
     """30 times the usual: energy that no component holds. 3,000 times: beyond the fixed-point range as well."""
-    seed = fresh_seed()
+    seed = case_seed()
     artifact = small("float32", seed)
     codec = BlockCodec(artifact, "fine", NONE)
     k, v = random_kv(artifact, 17, seed)
@@ -144,7 +144,7 @@ def test_an_outlier_is_stored_exact_and_counted(factor):
 
 
 def test_error_bound_can_be_switched_off_but_not_for_what_cannot_be_coded():
-    seed = fresh_seed()
+    seed = case_seed()
     artifact = small("float32", seed)
     codec = BlockCodec(artifact, "coarse", ExactPolicy(sinks=0, max_error=math.inf))
     k, v = random_kv(artifact, 3, seed)
@@ -157,7 +157,7 @@ def test_error_bound_can_be_switched_off_but_not_for_what_cannot_be_coded():
 
 
 def test_largest_float16_does_not_come_back_as_infinity():
-    seed = fresh_seed()
+    seed = case_seed()
     artifact = small("float16", seed)
     tensors = {name: t.clone() for name, t in artifact._tensors.items()}
     for g in (0, 1):
@@ -177,7 +177,7 @@ def test_largest_float16_does_not_come_back_as_infinity():
 
 @pytest.mark.parametrize(("dtype", "lanes"), [("bfloat16", 1), ("float16", 2), ("float32", 8)])
 def test_coding_what_was_decoded_changes_no_symbol(dtype, lanes):
-    seed = fresh_seed()
+    seed = case_seed()
     artifact = make_artifact(KVShape(3, 3, 64, dtype), groups=GROUPS[2], seed=seed, lanes=lanes)[2]
     codec = BlockCodec(artifact, "coarse")
     positions = gapped_positions(50, seed, first=3)
@@ -191,7 +191,7 @@ def test_coding_what_was_decoded_changes_no_symbol(dtype, lanes):
 
 @pytest.mark.parametrize(("block_tokens", "lanes"), [(1, 1), (7, 2), (16, 4), (64, 8)])
 def test_record_bytes_do_not_depend_on_what_is_encoded_with_them(block_tokens, lanes):
-    seed = fresh_seed()
+    seed = case_seed()
     artifact = small("bfloat16", seed, groups=GROUPS[3], lanes=lanes)
     codec = BlockCodec(artifact, "fine")
     positions = gapped_positions(41, seed)
@@ -205,7 +205,7 @@ def test_record_bytes_do_not_depend_on_what_is_encoded_with_them(block_tokens, l
 
 
 def test_lanes_change_the_records_and_no_value():
-    seed = fresh_seed()
+    seed = case_seed()
     k, v = random_kv(small("bfloat16", seed), 20, seed)
     decoded, sizes = [], []
     for lanes in LANES:
@@ -218,7 +218,7 @@ def test_lanes_change_the_records_and_no_value():
 
 
 def test_chunks_of_a_long_sequence_change_no_byte(monkeypatch):
-    seed = fresh_seed()
+    seed = case_seed()
     artifact = small("bfloat16", seed)
     codec = BlockCodec(artifact, "coarse")
     k, v = random_kv(artifact, 100, seed)
@@ -228,7 +228,7 @@ def test_chunks_of_a_long_sequence_change_no_byte(monkeypatch):
 
 
 def test_tensors_of_any_memory_layout_encode_alike():
-    seed = fresh_seed()
+    seed = case_seed()
     artifact = small("bfloat16", seed)
     codec = BlockCodec(artifact, "coarse")
     k, v = random_kv(artifact, 18, seed)
@@ -240,7 +240,7 @@ def test_tensors_of_any_memory_layout_encode_alike():
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("lanes", [1, 4])
 def test_groups_and_blocks_decode_alone_to_the_same_bits(groups, lanes):
-    seed = fresh_seed()
+    seed = case_seed()
     artifact = small("bfloat16", seed, groups=GROUPS[groups], lanes=lanes)
     codec = BlockCodec(artifact, "fine")
     k, v = random_kv(artifact, 50, seed)
@@ -261,7 +261,7 @@ def test_groups_and_blocks_decode_alone_to_the_same_bits(groups, lanes):
 
 
 def test_records_of_different_sizes_decode_in_one_call():
-    seed = fresh_seed()
+    seed = case_seed()
     artifact = small("float16", seed)
     codec = BlockCodec(artifact, "coarse")
     k, v = random_kv(artifact, 23, seed)
@@ -276,7 +276,7 @@ def test_records_of_different_sizes_decode_in_one_call():
 
 
 def test_tensor_parallel_ranks_have_their_own_coding():
-    seed = fresh_seed()
+    seed = case_seed()
     manifest, tensors, artifact = make_artifact(KVShape(2, 4, 16, "bfloat16"), tp_size=2, seed=seed, components=16)
     other = Artifact(manifest, tensors, rank=1)
     k, v = random_kv(artifact, 8, seed)
@@ -287,7 +287,7 @@ def test_tensor_parallel_ranks_have_their_own_coding():
 
 
 def test_a_record_of_another_making_is_refused_naming_both_sides():
-    seed = fresh_seed()
+    seed = case_seed()
     artifact, other = small(seed=1), small(seed=2)
     k, v = random_kv(artifact, 8, seed)
     codec = BlockCodec(artifact, "coarse")
@@ -322,7 +322,7 @@ def test_exact_tokens_that_are_not_all_there():
 
 
 def test_sinks_are_exact_unless_the_caller_says_otherwise():
-    seed = fresh_seed()
+    seed = case_seed()
     artifact = small("bfloat16", seed)
     codec = BlockCodec(artifact, "coarse", ExactPolicy(sinks=3))
     k, v = random_kv(artifact, 20, seed)
@@ -337,7 +337,7 @@ def test_sinks_are_exact_unless_the_caller_says_otherwise():
 def test_refuses_input_that_is_not_the_artifacts():
     artifact = small()
     codec = BlockCodec(artifact, "coarse")
-    k, v = random_kv(artifact, 5, fresh_seed())
+    k, v = random_kv(artifact, 5, case_seed())
     positions = torch.arange(5)
     for bad_k, bad_v, bad_positions, exact, told in [
         (k.float(), v, positions, None, "k is torch.float32"),
@@ -369,7 +369,7 @@ def test_refuses_input_that_is_not_the_artifacts():
 
 def test_decoding_does_not_read_what_is_not_written(monkeypatch):
     """New tensors come poisoned, so an element that decoding forgot would show."""
-    seed = fresh_seed()
+    seed = case_seed()
     artifact = small("float32", seed)
     codec = BlockCodec(artifact, "coarse")
     k, v = random_kv(artifact, 20, seed)

@@ -10,7 +10,7 @@ import torch
 
 from dynamo_kvtc.codec.policy import ExactCounts, ExactPolicy
 from dynamo_kvtc.errors import ConfigError
-from tests.builders import fresh_seed
+from tests.builders import case_seed
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_mask_goes_by_position_not_by_index(sinks, window, exact):
 
 
 def test_mask_of_any_numbers():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     for _ in range(50):
         sinks, window, tokens = generator.integers(0, 20, 3)
         mask = ExactPolicy(int(sinks), int(window)).mask(torch.arange(int(tokens)), int(tokens))
@@ -50,7 +50,7 @@ def test_infinite_error_bound_is_allowed():
 
 
 def test_each_token_is_counted_once_under_its_first_reason():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     policy, nonfinite, bound = (torch.from_numpy(generator.random(101) < 0.4) for _ in range(3))
     counts = ExactCounts.of(policy, nonfinite, bound)
     assert counts.policy == int(policy.sum())

@@ -16,7 +16,7 @@ from dynamo_kvtc.errors import (
     RecordTruncatedError,
     RecordVersionError,
 )
-from tests.builders import fresh_seed
+from tests.builders import case_seed
 
 # FORMAT.md's table, written down a second time.
 OFFSETS = {"magic": (0, "<4s"), "version": (4, "<B"), "profile": (5, "<B"), "point": (6, "<B"), "flags": (7, "<B"),
@@ -83,7 +83,7 @@ def test_contiguous_positions_and_no_exact_tokens_cost_nothing():
 @pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("sections", [1, 3, MAX_GROUPS])
 def test_round_trip(tokens, gaps, sections):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     positions = int(generator.integers(0, 2**30)) + np.arange(tokens)
     if gaps:
         positions = generator.integers(0, 2**31, tokens)

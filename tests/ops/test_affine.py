@@ -10,7 +10,7 @@ from torch import Tensor
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops import affine
 from dynamo_kvtc.ops.affine import cpu, reference
-from tests.builders import fresh_seed
+from tests.builders import case_seed
 
 KINDS = (affine.INT2, affine.INT4, affine.FP8)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
@@ -55,7 +55,7 @@ def test_fp8_run_is_e4m3_around_the_middle() -> None:
 
 
 def test_error_is_within_half_a_level() -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     for _ in range(20):
         runs, _ = random_layout(generator)
         values = random_values(generator, 9, len(runs.live))
@@ -92,7 +92,7 @@ def test_range_below_float16_does_not_divide_by_zero() -> None:
 
 
 def test_tokens_do_not_depend_on_their_batch() -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     runs, _ = random_layout(generator)
     values = random_values(generator, 13, len(runs.live))
     together = affine.encode(values, runs)[0]
@@ -177,7 +177,7 @@ def windows(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1, 16, 64])
 def test_run_errors_are_what_encoding_loses(kind: int, size: int) -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     rows = random_values(generator, 70, 37)
     low, high = windows(rows, size)
     runs = affine.layout(torch.tensor([size]), torch.tensor([kind]), size)
@@ -194,7 +194,7 @@ def test_run_errors_are_what_encoding_loses(kind: int, size: int) -> None:
 
 
 def test_fp8_rounding_is_torchs() -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     levels = every[every.isfinite()].sort().values
     ties = (levels[1:] + levels[:-1]) / 2
@@ -211,7 +211,7 @@ def test_fp8_rounding_is_torchs() -> None:
 @needs_gpu
 @pytest.mark.gpu
 def test_gpu_gives_the_same_bytes_and_errors() -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     sizes = torch.tensor([1, 1, 16, 64, 16, 256, 64, 1024, 1])
     types = torch.tensor([1, 3, 3, 3, 2, 2, 0, 1, 2])
     here, there = (affine.layout(sizes, types, 1443, device) for device in ("cpu", "cuda"))

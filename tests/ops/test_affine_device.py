@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops import affine
-from tests.builders import fresh_seed
+from tests.builders import case_seed
 
 
 def random_layout(generator: np.random.Generator) -> affine.Layout:
@@ -41,7 +41,7 @@ def encode_both(values: Tensor, runs: affine.Layout, device: str) -> Tensor:
 
 
 def test_bytes_and_components_are_the_references(kernel_device: str) -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     for _ in range(6):
         runs = random_layout(generator)
         values = random_coefficients(generator, int(generator.integers(1, 8)), len(runs.live))
@@ -55,7 +55,7 @@ def test_bytes_and_components_are_the_references(kernel_device: str) -> None:
 
 
 def test_errors_and_half_levels(kernel_device: str) -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     runs = affine.layout(torch.tensor([256, 64, 1, 16]), torch.tensor([1, 3, 2, 3]), 337)
     values = random_coefficients(generator, 5, 337)
     plan = affine.device_plan(runs, kernel_device)
@@ -75,7 +75,7 @@ def test_errors_and_half_levels(kernel_device: str) -> None:
 
 def test_ties_subnormals_and_ends_of_every_type(kernel_device: str) -> None:
     """Values placed on and next to the borders between codes: any other rounding shows."""
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     levels = every[every.isfinite()].sort().values
     ties = (levels[1:] + levels[:-1]) / 2
@@ -107,7 +107,7 @@ def test_constant_and_tiny_runs(kernel_device: str) -> None:
 
 
 def test_forged_bytes_are_found(kernel_device: str) -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     runs = affine.layout(torch.tensor([16, 1, 16]), torch.tensor([affine.FP8, affine.INT2, affine.INT4]), 33)
     data, _ = affine.encode(torch.randn(1, 33), runs)
     forged = data.repeat(300, 1)
@@ -128,7 +128,7 @@ def test_forged_bytes_decode_as_the_references_do(kernel_device: str) -> None:
 
 @pytest.mark.parametrize("width", [1, 37, 130])
 def test_planes(kernel_device: str, width: int) -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     tokens = [16, 1, 0, 16, 21]
     starts = torch.tensor([0, *np.cumsum(tokens)], device=kernel_device)
     wide = torch.from_numpy(generator.integers(0, 256, (54, width + 5), dtype=np.uint8)).to(kernel_device)

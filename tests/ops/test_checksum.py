@@ -16,7 +16,7 @@ from torch import Tensor
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops import checksum
 from dynamo_kvtc.ops.checksum import reference
-from tests.builders import fresh_seed
+from tests.builders import case_seed
 
 POISON = 0xA5
 SIZES = [0, 1, 2, 3, 4, 5, 127, 129, 1000, 16383, 16384, 16385, 40000]
@@ -57,7 +57,7 @@ def expect(source: Tensor, source_start: Tensor, size: Tensor, target: Tensor, t
 
 
 def test_reference_is_zlib_and_copies() -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     data = generator.bytes(1000)
     assert checksum.crc32(data) == checksum.crc32(memoryview(data)) == zlib.crc32(data)
     assert checksum.crc32(b"123456789") == 0xCBF43926
@@ -68,7 +68,7 @@ def test_reference_is_zlib_and_copies() -> None:
 
 
 def test_arithmetic_of_polynomials() -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     a, b, c = generator.integers(0, 2**32, (3, 50), dtype=np.uint32)
     product = reference.multiply(a, b)
     assert np.array_equal(product, reference.multiply(b, a))
@@ -84,7 +84,7 @@ def test_arithmetic_of_polynomials() -> None:
 
 @pytest.mark.parametrize(("step", "host"), [(1, False), (1, True), (16, False)])
 def test_kernel_copies_and_sums(kernel_device: str, step: int, host: bool) -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     source, start, size, target, to = ranges(generator, SIZES, kernel_device, step)
     crc = poisoned(len(SIZES), kernel_device)
     address = start + source.data_ptr()
@@ -93,7 +93,7 @@ def test_kernel_copies_and_sums(kernel_device: str, step: int, host: bool) -> No
 
 
 def test_kernel_sums_without_a_copy(kernel_device: str) -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     source, start, size, target, to = ranges(generator, SIZES[:9], kernel_device)
     crc = poisoned(9, kernel_device)
     checksum.copy_ranges_device(source, start, size, None, None, crc, 1000)
@@ -102,7 +102,7 @@ def test_kernel_sums_without_a_copy(kernel_device: str) -> None:
 
 
 def test_every_alignment_of_a_short_range(kernel_device: str) -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     for by in range(0, 16, 5):
         size = [int(generator.integers(1, 70)) for _ in range(4)]
         source, start, sizes, target, to = ranges(generator, size, kernel_device, 16)
@@ -132,7 +132,7 @@ def test_long_ranges_need_factors_beyond_the_first_table(kernel_device: str) -> 
 
 
 def test_sizes_beyond_the_bound_are_cut(kernel_device: str) -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     source, start, _, target, to = ranges(generator, [50, 50], kernel_device)
     crc = poisoned(2, kernel_device)
     wild = torch.tensor([-(2**40), 2**40], device=kernel_device)
@@ -144,7 +144,7 @@ def test_sizes_beyond_the_bound_are_cut(kernel_device: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("pinned", ["source", "target"])
 def test_host_memory_is_read_and_written(pinned: str) -> None:
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     source, start, size, target, to = ranges(generator, SIZES, "cuda", 2)
     source = source.cpu().pin_memory() if pinned == "source" else source
     target = target.cpu().pin_memory() if pinned == "target" else target

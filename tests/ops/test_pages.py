@@ -11,7 +11,7 @@ from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops import pages
 from dynamo_kvtc.ops.pages import INPUT_MAX, FixedInputs, PagedCache, reference
 from dynamo_kvtc.ops.rope import Rotations, apply_rope, remove_rope
-from tests.builders import fresh_seed, same_bits
+from tests.builders import case_seed, same_bits
 from tests.ops.paged import Paged, moved, poisoned_rows, random_inputs, random_rope, random_slots
 
 # layout, dtype, heads, head dim, rotated pairs, style, tokens
@@ -55,7 +55,7 @@ def joined(low, high, inputs):
 
 @case
 def test_fixed_inputs_are_those_of_the_contiguous_cache(layout, dtype, heads, dim, pairs, style, tokens):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     cache = Paged.random(layout, dtype, 4, 5, heads, 16, dim, generator).cache
     slots, rope = random_slots(cache, tokens, generator), random_rope(style, pairs, generator)
     channels = cache.channels(LAYERS)
@@ -80,7 +80,7 @@ def test_fixed_inputs_are_those_of_the_contiguous_cache(layout, dtype, heads, di
 
 @case
 def test_the_kernel_gathers_the_same_bytes(layout, dtype, heads, dim, pairs, style, tokens, kernel_device):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     paged = Paged.random(layout, dtype, 4, 5, heads, 16, dim, generator)
     cache = paged.cache
     slots, rope = random_slots(cache, tokens, generator), random_rope(style, pairs, generator)
@@ -126,7 +126,7 @@ def test_inputs_at_the_edges_of_a_byte_and_of_the_range(kernel_device):
 
 @case
 def test_scattered_rows_are_those_of_the_contiguous_cache(layout, dtype, heads, dim, pairs, style, tokens):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     cache = Paged.random(layout, dtype, 4, 5, heads, 16, dim, generator).cache
     slots, rope = random_slots(cache, tokens, generator), random_rope(style, pairs, generator)
     rows = torch.from_numpy(generator.standard_normal((tokens, cache.channels(LAYERS)))).float()
@@ -143,7 +143,7 @@ def test_scattered_rows_are_those_of_the_contiguous_cache(layout, dtype, heads, 
 
 @case
 def test_the_kernel_scatters_the_same_bits(layout, dtype, heads, dim, pairs, style, tokens, kernel_device):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     paged = Paged.random(layout, dtype, 4, 5, heads, 16, dim, generator)
     there = paged.on(kernel_device, layout)
     slots, rope = random_slots(paged.cache, tokens, generator), random_rope(style, pairs, generator)
@@ -181,7 +181,7 @@ def records(tokens, layers, cache, generator):
 
 @case
 def test_exact_tokens_leave_as_sections_have_them_and_come_back(layout, dtype, heads, dim, pairs, style, tokens):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     paged = Paged.random(layout, dtype, 4, 5, heads, 16, dim, generator)
     slots = random_slots(paged.cache, tokens, generator)
     base, index, count, size = records(tokens, LAYERS, paged.cache, generator)
@@ -207,7 +207,7 @@ def test_exact_tokens_leave_as_sections_have_them_and_come_back(layout, dtype, h
 def test_the_kernel_moves_the_same_exact_bytes(layout, dtype, heads, dim, pairs, style, tokens, pinned, kernel_device):
     if pinned and kernel_device == "cpu":
         pytest.skip("pinned memory needs an NVIDIA GPU")
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     paged = Paged.random(layout, dtype, 4, 5, heads, 16, dim, generator)
     slots = random_slots(paged.cache, tokens, generator)
     base, index, count, size = records(tokens, LAYERS, paged.cache, generator)

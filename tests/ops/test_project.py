@@ -11,7 +11,7 @@ import torch
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops import project
 from dynamo_kvtc.ops.project import reference
-from tests.builders import fresh_seed, same_bits
+from tests.builders import case_seed, same_bits
 
 
 def case(generator: np.random.Generator, tokens: int, channels: int, spread: float = 900.0):
@@ -41,7 +41,7 @@ def splits(generator: np.random.Generator) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(("tokens", "channels"), [(1, 1), (3, 257), (17, 96)])
 def test_inputs_are_rounded_half_to_even_and_their_energy_is_exact(tokens, channels):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     x, mean, gain = case(generator, tokens, channels)
     fixed, energy, saturated = project.fixed_point(x, mean, gain)
     assert (fixed.dtype, energy.dtype, saturated.dtype) == (torch.float32, torch.int64, torch.bool)
@@ -62,7 +62,7 @@ def test_ties_go_to_the_even_number():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 32640.0, -32640.0, 1e30])
 def test_a_token_out_of_range_is_flagged_clamped_and_leaves_its_neighbours_alone(value):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     x = integers(generator, -1000, 1000, 5, 23)
     mean, gain = torch.zeros(23), torch.ones(23)
     clean = project.fixed_point(x, mean, gain)
@@ -98,7 +98,7 @@ def test_all_but_wide_inputs_are_clipped():
 
 @pytest.mark.parametrize(("tokens", "channels", "rank"), [(1, 1, 1), (3, 257, 19), (17, 96, 96), (2, 5, 0)])
 def test_wide_coefficients_are_exact_integer_sums(tokens, channels, rank):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     fixed = integers(generator, -project.INPUT_MAX, project.INPUT_MAX, tokens, channels)
     basis = integers(generator, -32767, 32767, channels, rank).to(torch.int16)
     found = project.analyse_wide(fixed, basis)
@@ -109,7 +109,7 @@ def test_wide_coefficients_are_exact_integer_sums(tokens, channels, rank):
 @pytest.mark.parametrize(("tokens", "channels", "rank"), [(1, 1, 1), (3, 257, 19), (17, 96, 96), (2, 5, 0)])
 @pytest.mark.parametrize("wide", [0.0, 0.2, 1.0])
 def test_narrow_coefficients_are_exact_integer_sums(tokens, channels, rank, wide):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     wide_inputs = torch.from_numpy(np.flatnonzero(generator.random(channels) < wide))
     fixed = integers(generator, -project.INPUT_MAX, project.INPUT_MAX, tokens, channels)
     fixed = project.clip_narrow(fixed, wide_inputs)
@@ -153,7 +153,7 @@ def test_the_largest_narrow_sums_are_still_exact():
 
 
 def test_more_components_than_one_column_chunk():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     rank = reference.COLUMN_CHUNK + 5
     fixed = integers(generator, -project.INPUT_MAX, project.INPUT_MAX, 3, 11)
     basis = integers(generator, -32767, 32767, 11, rank).to(torch.int16)
@@ -162,7 +162,7 @@ def test_more_components_than_one_column_chunk():
 
 @pytest.mark.parametrize(("channels", "rank"), [(61, 7), (1536, 130), (5, 0)])
 def test_analysis_does_not_depend_on_the_batch(channels, rank):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     x, mean, gain = case(generator, 300, channels)
     wide_inputs = torch.arange(0, channels, 3)
     wide = integers(generator, -32767, 32767, channels, rank).to(torch.int16)
@@ -184,7 +184,7 @@ def test_analysis_does_not_depend_on_the_batch(channels, rank):
 
 @pytest.mark.parametrize(("channels", "rank"), [(61, 7), (1024, 515), (130, 1), (8, 0)])
 def test_wide_synthesis_does_not_depend_on_the_batch(channels, rank):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     # Not whole numbers: their float32 sums would be exact in any order and hide it.
     levels = torch.from_numpy(generator.laplace(0, 4, (600, rank))).float()
     decoder = project.decoder_basis(integers(generator, -32767, 32767, channels, rank).to(torch.int16))
@@ -196,7 +196,7 @@ def test_wide_synthesis_does_not_depend_on_the_batch(channels, rank):
 
 @pytest.mark.parametrize(("tokens", "channels", "rank"), [(1, 1, 1), (3, 19, 2100), (17, 96, 96), (2, 5, 0)])
 def test_narrow_synthesis_is_an_exact_integer_sum(tokens, channels, rank):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     levels = integers(generator, -127, 127, tokens, rank).to(torch.int8)
     basis = integers(generator, -128, 127, channels, rank).to(torch.int8)
     found = project.synthesise_narrow(levels, basis)
@@ -205,7 +205,7 @@ def test_narrow_synthesis_is_an_exact_integer_sum(tokens, channels, rank):
 
 
 def test_wide_synthesis_agrees_with_float64():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     basis = integers(generator, -32767, 32767, 77, 33).to(torch.int16)
     levels = torch.from_numpy(generator.standard_normal((19, 33))).float()
     found = project.synthesise_wide(levels, project.decoder_basis(basis))
@@ -215,7 +215,7 @@ def test_wide_synthesis_agrees_with_float64():
 def test_stored_basis_is_clamped_and_close():
     basis = torch.tensor([[1.0, -1.01], [0.5, 2.0**-15], [-(2.0**-14), 0.25]])
     assert project.quantise_basis(basis).tolist() == [[16384, -16384], [8192, 0], [-1, 4096]]
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     orthonormal = torch.from_numpy(np.linalg.qr(generator.standard_normal((64, 9)))[0])
     stored = project.decoder_basis(project.quantise_basis(orthonormal))
     assert stored.shape == (9, 64)
@@ -223,7 +223,7 @@ def test_stored_basis_is_clamped_and_close():
 
 
 def test_refuses_shapes_that_disagree():
-    x, mean, gain = case(np.random.default_rng(fresh_seed()), 2, 6)
+    x, mean, gain = case(np.random.default_rng(case_seed()), 2, 6)
     for arguments, told in [
         ((x[:, :5], mean, gain), r"float32 \[T, 6\]"),
         ((x.double(), mean, gain), "float64"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dynamo_kvtc.ops import quantize
-from tests.builders import fresh_seed
+from tests.builders import case_seed
 
 ONE = 2**quantize.FRACTION_BITS
 HALF = ONE // 2
@@ -51,7 +51,7 @@ def test_the_unit_of_a_wide_component_is_its_basis():
 
 @pytest.mark.parametrize("fine", [False, True])
 def test_agrees_with_fractions_on_random_numbers(fine):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     rounding = generator.integers(0, ONE, 23).tolist()
     units = generator.integers(1, 2 ** generator.integers(1, 22, 23)).tolist()
     units[0] = 2**21
@@ -142,7 +142,7 @@ def test_no_tokens_and_no_components():
 
 
 def test_neutral_fineness_is_none():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     coefficients = torch.from_numpy(np.round(generator.normal(0, 2.0**22, (30, 11)))).long()
     parts = ints([WIDE] * 11), ints([400_000] * 11), ints([TOP] * 11)
     plain, _ = quantize.quantise(coefficients, *parts)
@@ -177,7 +177,7 @@ def test_limits_are_the_largest_symbols_whose_levels_are_not_clipped():
 
 @pytest.mark.parametrize("wide", [True, False])
 def test_quantising_a_level_gives_its_symbol_back(wide):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     rounding = ints([int(0.4 * ONE)] * 17)
     if wide:
         centroid = generator.uniform(0.0, 0.35, 17)
@@ -197,7 +197,7 @@ def test_quantising_a_level_gives_its_symbol_back(wide):
 
 def test_the_error_agrees_with_fractions():
     """What was left out and what was lost, in the token's own steps, all but the roundings to 2**-12 steps."""
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     tokens, rank, leading = 26, 9, 4
     units = generator.integers(2**8, 2**14, rank)
     steps = generator.laplace(0, 20, (tokens, rank))
@@ -224,7 +224,7 @@ def test_the_error_agrees_with_fractions():
 
 
 def test_the_error_is_the_same_in_any_order_of_components():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     coefficients = torch.from_numpy(generator.integers(-(2**26), 2**26, (7, 300)))
     units, levels = (
         ints(generator.integers(1, 2**14, 300)),
@@ -267,7 +267,7 @@ def test_a_clipped_component_counts_in_the_error():
 
 
 def test_levels_for_the_error_are_those_of_the_decoder():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     symbols = torch.from_numpy(generator.integers(-TOP, TOP + 1, (50, 12)) // 2 ** generator.integers(0, 15, (50, 12)))
     symbols = symbols.to(torch.int16)
     centroid = torch.from_numpy(generator.uniform(-0.9, 0.9, 12)).float()
@@ -293,7 +293,7 @@ def test_gains_are_quarter_octaves_in_8_fraction_bits():
 
 
 def test_fineness_and_table_choice_agree_with_plain_integers():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     symbols = generator.integers(-32768, 32768, (400, 7)) // 2 ** generator.integers(0, 16, (400, 7))
     weights = generator.integers(-600, 600, (2, 7))
     bias = int(generator.integers(2**16, 2**19))

@@ -9,7 +9,7 @@ import torch
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops.rope import MAX_POSITION, Rotations, apply_rope, remove_rope
 from dynamo_kvtc.types import RopeSpec
-from tests.builders import fresh_seed, gapped_positions, same_bits
+from tests.builders import case_seed, gapped_positions, same_bits
 
 CASES = [("half", 64, 32), ("half", 96, 48), ("half", 20, 3), ("interleaved", 128, 64), ("interleaved", 10, 5),
          ("interleaved", 17, 4), ("half", 7, 1)]  # fmt: skip
@@ -37,7 +37,7 @@ def complex_rope(k: np.ndarray, positions: np.ndarray, rope: RopeSpec) -> np.nda
 @pytest.mark.parametrize(("style", "dim", "pairs"), CASES)
 @pytest.mark.parametrize("scaling", [1.0, 1.2079])
 def test_agrees_with_complex_numbers(style, dim, pairs, scaling):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     rope = spec(style, pairs, generator, scaling)
     positions = torch.from_numpy(generator.integers(0, 131072, 13))
     k = keys(generator, 3, 2, 13, dim)
@@ -47,7 +47,7 @@ def test_agrees_with_complex_numbers(style, dim, pairs, scaling):
 
 @pytest.mark.parametrize(("style", "dim", "pairs"), CASES)
 def test_inverse_of_each_other_at_any_positions(style, dim, pairs):
-    seed = fresh_seed()
+    seed = case_seed()
     generator = np.random.default_rng(seed)
     rope = spec(style, pairs, generator, 1.37)
     positions = gapped_positions(33, seed, first=int(generator.integers(0, 2**20)))
@@ -58,7 +58,7 @@ def test_inverse_of_each_other_at_any_positions(style, dim, pairs):
 
 @pytest.mark.parametrize("operation", [apply_rope, remove_rope])
 def test_dims_beyond_the_rotated_pass_bit_for_bit(operation):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     k = keys(generator, 2, 5, 11)
     k[0, 0, 8], k[1, 2, 9] = float("nan"), -0.0
     out = operation(k, torch.tensor([5, 0, 9, 9, 2]), spec("half", 4, generator))
@@ -68,7 +68,7 @@ def test_dims_beyond_the_rotated_pass_bit_for_bit(operation):
 
 @pytest.mark.parametrize("style", ["half", "interleaved"])
 def test_position_zero_changes_nothing(style):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     k = keys(generator, 1, 6, 16)
     out = apply_rope(k, torch.zeros(6, dtype=torch.int64), spec(style, 8, generator))
     assert torch.equal(out, k)
@@ -76,7 +76,7 @@ def test_position_zero_changes_nothing(style):
 
 @pytest.mark.parametrize("operation", [apply_rope, remove_rope])
 def test_a_token_does_not_depend_on_its_neighbours(operation):
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     rope = spec("half", 24, generator)
     positions = torch.from_numpy(generator.integers(0, MAX_POSITION, 301))
     k = keys(generator, 2, 301, 50)
@@ -87,7 +87,7 @@ def test_a_token_does_not_depend_on_its_neighbours(operation):
 
 
 def test_scores_depend_on_the_distance_alone():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     rope = spec("half", 8, generator)
     k, q = keys(generator, 1, 16), keys(generator, 1, 16)
     scores = [
@@ -131,7 +131,7 @@ def exact_cos_sin(positions: np.ndarray, frequencies: np.ndarray) -> tuple[np.nd
 
 
 def test_rotations_are_within_an_ulp_at_any_position():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     frequencies = np.concatenate([generator.uniform(1e-5, 1.0, 5), 10.0 ** -generator.uniform(0, 8, 5), [1.0, 333.3]])
     positions = np.concatenate(
         [np.arange(40), generator.integers(0, 2**20, 200), generator.integers(0, 2**31, 200), [MAX_POSITION]]
@@ -144,7 +144,7 @@ def test_rotations_are_within_an_ulp_at_any_position():
 
 
 def test_rotations_do_not_depend_on_the_batch_and_start_at_one():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     rotations = Rotations(spec("half", 9, generator))
     positions = torch.from_numpy(generator.integers(0, MAX_POSITION, 57))
     cos, sin = rotations.at(positions)
@@ -173,7 +173,7 @@ def test_rotations_refuse_what_is_no_position():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_gpu_rotates_bit_for_bit_as_the_cpu():
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     rope = spec("half", 48, generator, 1.2079)
     positions = torch.from_numpy(generator.integers(0, MAX_POSITION, 999))
     for mine, truth in zip(Rotations(rope, "cuda").at(positions.cuda()), Rotations(rope).at(positions), strict=True):
@@ -187,7 +187,7 @@ def test_the_kernel_turns_by_the_same_bits(kernel_device):
     from dynamo_kvtc.ops.rope import tables
     from dynamo_kvtc.ops.rope import triton as kernels
 
-    generator = np.random.default_rng(fresh_seed())
+    generator = np.random.default_rng(case_seed())
     own = tables.Tables(tuple(1e4 ** (-i / 7) for i in range(7)), torch.device("cpu"))
     positions = torch.from_numpy(generator.integers(0, 2**31, 301))
     parts = [(c.to(kernel_device), s.to(kernel_device)) for c, s in own._parts]

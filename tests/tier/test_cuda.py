@@ -16,7 +16,7 @@ from dynamo_kvtc.tier.options import TierOptions
 from dynamo_kvtc.tier.pages import StridedPages
 from dynamo_kvtc.tier.transcode import Block
 from dynamo_kvtc.types import KVShape
-from tests.builders import fresh_seed, make_artifact, random_kv, same_bits
+from tests.builders import case_seed, make_artifact, random_kv, same_bits
 from tests.tier.parts import BLOCK_TOKENS, MIB_OF_GIB, POISON, Engine, load, promise, store
 
 SHAPE = KVShape(2, 1, 64, "bfloat16")
@@ -61,7 +61,7 @@ class _Moved(StridedPages):
 
 @pytest.fixture
 def engine(kernel_device):
-    return GpuEngine(kernel_device, fresh_seed())
+    return GpuEngine(kernel_device, case_seed())
 
 
 def test_records_are_the_cpus_and_come_back_from_host_and_disk(engine, folder):

@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from tests.builders import fresh_seed, make_artifact, same_bits
+from tests.builders import case_seed, make_artifact, same_bits
 from tests.tier.parts import BLOCK_TOKENS, MIB_OF_GIB, POISON, SHAPE, Answer, Engine, load, promise, store
 
 
 @pytest.fixture
 def engine():
-    return Engine(fresh_seed())
+    return Engine(case_seed())
 
 
 def flip(tier, key, at):

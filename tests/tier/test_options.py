@@ -7,7 +7,7 @@ import pytest
 from dynamo_kvtc.errors import ArtifactMismatchError, ConfigError
 from dynamo_kvtc.tier.options import TierOptions, check_memory, parse_options
 from dynamo_kvtc.types import KVShape, ModelIdentity, RopeSpec
-from tests.builders import fresh_seed, make_artifact
+from tests.builders import case_seed, make_artifact
 from tests.tier.parts import BLOCK_TOKENS, Engine
 
 GOOD = {"artifact": "a.safetensors", "host_gib": 1}
@@ -62,7 +62,7 @@ def test_more_memory_than_there_is():
 
 
 def test_a_cache_the_artifact_is_not_for(folder):
-    engine = Engine(fresh_seed())
+    engine = Engine(case_seed())
     m = engine.artifact.manifest
     changes = {
         "weights_digest": {"model": ModelIdentity("m", "r1", "11" * 32, m.model.architecture)},

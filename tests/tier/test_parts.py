@@ -19,7 +19,7 @@ from dynamo_kvtc.tier.identity import KeySpace
 from dynamo_kvtc.tier.lane import Closed, Lane
 from dynamo_kvtc.tier.metrics import COUNTERS, GAUGES, HISTOGRAMS, TierMetrics, describe
 from dynamo_kvtc.types import KVShape, ModelIdentity, RopeSpec
-from tests.builders import fresh_seed, make_artifact, same_bits
+from tests.builders import case_seed, make_artifact, same_bits
 from tests.tier.parts import BLOCK_TOKENS, POISON, SHAPE, Answer, Engine
 
 
@@ -146,7 +146,7 @@ def test_metrics_count_once_and_tell_the_sink():
 
 
 def test_strided_pages_take_whole_blocks_only():
-    engine = Engine(fresh_seed(), blocks=6)
+    engine = Engine(case_seed(), blocks=6)
     k, v = engine.pages.read(engine.order)
     assert same_bits(k, engine.k)
     assert same_bits(v, engine.v)

@@ -10,13 +10,13 @@ import torch
 
 from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.codec.policy import ExactPolicy
-from tests.builders import fresh_seed, same_bits
+from tests.builders import case_seed, same_bits
 from tests.tier.parts import BLOCK_TOKENS, MIB_OF_GIB, Answer, Engine, load, promise, store
 
 
 @pytest.fixture
 def engine():
-    return Engine(fresh_seed())
+    return Engine(case_seed())
 
 
 def test_blocks_come_back_as_the_codec_has_them(engine):

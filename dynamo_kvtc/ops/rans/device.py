@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dynamo_kvtc.errors import ConfigError
-from dynamo_kvtc.ops.rans.tables import LANES_PER_TOKEN, DeviceTables
+from dynamo_kvtc.ops.rans.tables import LANES_PER_TOKEN, PLACES, DeviceTables
 
 _WORDS = (torch.int16, torch.uint16)
 _CLASSES = (torch.uint8, torch.int32)
@@ -26,9 +26,6 @@ _MOST = 2**29
 
 BLOCK_LANES = 32
 """Lanes of a program: one or more per thread of its warp."""
-COARSE = True
-"""Look a slot up among 256 cells first: a warp's reads then fall on few cache lines, and only a cell that is mixed
-costs a second read."""
 
 
 def encode_lanes_device(
@@ -61,8 +58,16 @@ def encode_lanes_device(
     if skip is not None:
         _vector("skip", skip, _FLAGS, len(symbols))
     _same_device(symbols, classes, tables.encode, words, lengths, offsets, skip)
-    if lanes:
-        _encode(symbols, classes, tables, words, lengths, offsets, skip, first, lanes_per_token)
+    if not lanes:
+        return
+    from dynamo_kvtc.ops.rans import triton as kernels
+
+    kernels.encode_kernel[(-(-lanes // BLOCK_LANES),)](
+        symbols, symbols.stride(0), classes, offsets if offsets is not None else classes,
+        _raw(skip) if skip is not None else classes, tables.encode, tables.shift, _raw(words), words.stride(0), lengths,
+        len(symbols), rank, first, tables.classes - 1, tables.encode.shape[1], tables.alphabet, words.shape[1],
+        BLOCK=BLOCK_LANES, S=lanes_per_token, OFFSETS=offsets is not None, SKIP=skip is not None, num_warps=1,
+    )  # fmt: skip
 
 
 def decode_symbols_device(
@@ -97,8 +102,8 @@ def decode_symbols_device(
         _raw(words), words.shape[0], starts, lengths, offsets if offsets is not None else classes, classes,
         tables.decode, tables.coarse, tables.slots, tables.shift, symbols, symbols.stride(0), bad,
         lanes // lanes_per_token, classes.shape[0], first, tables.classes - 1, tables.alphabet, BLOCK=BLOCK_LANES,
-        S=lanes_per_token, GROUPS=_least_groups(lanes_per_token), OFFSETS=offsets is not None, COARSE=COARSE,
-        num_warps=1, enable_fp_fusion=False,
+        S=lanes_per_token, GROUPS=_least_groups(lanes_per_token), OFFSETS=offsets is not None, num_warps=1,
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -122,7 +127,7 @@ class LevelGroup:
 class LevelGroups:
     """Where the levels of G layer groups go, and what becomes of a symbol: built once, checked once.
 
-    places: int64 [G, 11] on the device; tokens: rows that the outputs have.
+    places: int64 [G, PLACES] on the device; tokens: rows that the outputs have.
     """
 
     places: Tensor
@@ -153,6 +158,7 @@ class LevelGroups:
                 [g.classes.data_ptr(), g.centroid.data_ptr(), g.scale.data_ptr(), g.bias.data_ptr(), g.wide.data_ptr(),
                  g.wide.stride(0), g.narrow.data_ptr(), g.narrow.stride(0), rank, width, g.first]
             )  # fmt: skip
+            assert len(rows[-1]) == PLACES
         kept = tuple(x for g in groups for x in (g.classes, g.centroid, g.scale, g.bias, g.wide, g.narrow))
         return cls(torch.tensor(rows, dtype=torch.int64).to(groups[0].wide.device), tokens, kept)
 
@@ -213,22 +219,8 @@ def decode_levels_device(
         _raw(words), words.shape[0], starts, lengths, shifts, factors, bad, starts.stride(0), lengths.stride(0),
         shifts.stride(0), factors.stride(0), bad.stride(0), groups.places[group:], row, tables.decode, tables.coarse,
         tables.slots, tables.shift, tokens, tables.classes - 1, tables.alphabet, BLOCK=BLOCK_LANES, S=lanes_per_token,
-        GROUPS=_least_groups(lanes_per_token), OFFSETS=offsets is not None, COARSE=COARSE, num_warps=1,
+        GROUPS=_least_groups(lanes_per_token), OFFSETS=offsets is not None, num_warps=1,
         enable_fp_fusion=False,
-    )  # fmt: skip
-
-
-def _encode(
-    symbols: Tensor, classes: Tensor, tables: DeviceTables, words: Tensor, lengths: Tensor, offsets: Tensor | None,
-    skip: Tensor | None, first: int, split: int, block: int = BLOCK_LANES,
-) -> None:  # fmt: skip
-    from dynamo_kvtc.ops.rans import triton as kernels
-
-    kernels.encode_kernel[(-(-len(lengths) // block),)](
-        symbols, symbols.stride(0), classes, offsets if offsets is not None else classes,
-        _raw(skip) if skip is not None else classes, tables.encode, tables.shift, _raw(words), words.stride(0), lengths,
-        len(symbols), classes.shape[0], first, tables.classes - 1, tables.encode.shape[1], tables.alphabet,
-        words.shape[1], BLOCK=block, S=split, OFFSETS=offsets is not None, SKIP=skip is not None, num_warps=1,
     )  # fmt: skip
 
 

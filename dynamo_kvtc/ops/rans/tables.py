@@ -17,6 +17,8 @@ PROBABILITY_TOTAL = 1 << PROBABILITY_BITS
 MAX_CLASSES = 64
 MAX_SHIFT = 12
 LANES_PER_TOKEN = (1, 2, 4, 8)
+PLACES = 11
+"""Numbers that say where a layer group's levels go (``device.LevelGroups``)."""
 MAX_NARROW_SYMBOL = 2047
 """A symbol that becomes an 8-bit level is clipped to this first, so that its product with the scale fits 32 bits."""
 

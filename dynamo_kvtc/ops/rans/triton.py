@@ -16,6 +16,7 @@ from dynamo_kvtc.ops.rans import tables as t
 
 _RARE = tl.constexpr(t.RARE)
 _MIXED = tl.constexpr(t.MIXED)
+_PLACES = tl.constexpr(t.PLACES)
 _COARSE_BITS = tl.constexpr(t.COARSE_BITS)
 _NARROW_TOP = tl.constexpr(t.MAX_NARROW_SYMBOL)
 _SYMBOLS, _WIDE, _NARROW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -55,15 +56,13 @@ def _unsigned(word):
 
 
 @triton.jit
-def _step(x, p, ahead, rare, packed, base, end, active, c, lut, coarse, COARSE: tl.constexpr):
+def _step(x, p, ahead, rare, packed, base, end, active, c, lut, coarse):
     slot = x & 4095
     at = lut + ((c << 12) + slot.to(tl.int32))
-    if COARSE:
-        cell = coarse + ((c << (12 - _COARSE_BITS)) + (slot >> _COARSE_BITS).to(tl.int32))
-        entry = tl.load(cell, mask=active, other=0)
-        entry = tl.load(at, mask=entry == _MIXED, other=entry)
-    else:
-        entry = tl.load(at, mask=active, other=0)
+    # Among 256 cells first: a warp's reads then fall on few cache lines, and only a mixed cell costs a second read.
+    cell = coarse + ((c << (12 - _COARSE_BITS)) + (slot >> _COARSE_BITS).to(tl.int32))
+    entry = tl.load(cell, mask=active, other=0)
+    entry = tl.load(at, mask=entry == _MIXED, other=entry)
     bits = entry.to(tl.uint32, bitcast=True)
     x = (((bits >> 12) & 4095) + 1) * (x >> 12) + slot - (bits & 4095)
     need = x < 65536
@@ -78,14 +77,14 @@ def _step(x, p, ahead, rare, packed, base, end, active, c, lut, coarse, COARSE: 
 
 @triton.jit
 def _four(x, p, ahead, rare, base, end, active, j, offset, first, top, classes, lut, coarse,
-          S: tl.constexpr, COARSE: tl.constexpr):  # fmt: skip
+          S: tl.constexpr):  # fmt: skip
     """Four steps of every lane; their table symbols as the bytes of a uint32, the first lowest."""
     c0, c1, c2, c3 = _four_classes(classes, j, offset, first, top, S)
     packed = tl.zeros_like(x)
-    x, p, ahead, rare, packed = _step(x, p, ahead, rare, packed, base, end, active, c0, lut, coarse, COARSE)
-    x, p, ahead, rare, packed = _step(x, p, ahead, rare, packed, base, end, active, c1, lut, coarse, COARSE)
-    x, p, ahead, rare, packed = _step(x, p, ahead, rare, packed, base, end, active, c2, lut, coarse, COARSE)
-    x, p, ahead, rare, packed = _step(x, p, ahead, rare, packed, base, end, active, c3, lut, coarse, COARSE)
+    x, p, ahead, rare, packed = _step(x, p, ahead, rare, packed, base, end, active, c0, lut, coarse)
+    x, p, ahead, rare, packed = _step(x, p, ahead, rare, packed, base, end, active, c1, lut, coarse)
+    x, p, ahead, rare, packed = _step(x, p, ahead, rare, packed, base, end, active, c2, lut, coarse)
+    x, p, ahead, rare, packed = _step(x, p, ahead, rare, packed, base, end, active, c3, lut, coarse)
     return x, p, ahead, rare, packed
 
 
@@ -152,8 +151,8 @@ def _one_by_one(x, p, base, end, active, exists, row, own, j0, column, count, of
 @triton.jit
 def _components(x, p, ahead, base, end, active, exists, token, own, lane0, tokens, j_from, count, offset, first, top,
                 classes, lut, coarse, slots, shift, alphabet, out, stride, centroid, scale, bias, factors,
-                BLOCK: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr,
-                COARSE: tl.constexpr):  # fmt: skip
+                BLOCK: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
+                KIND: tl.constexpr):  # fmt: skip
     """Components j_from .. j_from + count - 1 into columns 0 .. count - 1 of ``out``."""
     CHUNK: tl.constexpr = 4 * GROUPS * S
     TOKENS: tl.constexpr = BLOCK // S
@@ -172,19 +171,19 @@ def _components(x, p, ahead, base, end, active, exists, token, own, lane0, token
         if i0 + CHUNK <= count:
             rare = tl.zeros_like(p)
             x, p, ahead, rare, packed = _four(x, p, ahead, rare, base, end, active, j0 + own, offset, first, top,
-                                              classes, lut, coarse, S, COARSE)  # fmt: skip
+                                              classes, lut, coarse, S)  # fmt: skip
             if GROUPS == 1:
                 packed = packed[:, None]
             else:
                 x, p, ahead, rare, second = _four(x, p, ahead, rare, base, end, active, j0 + own + 4 * S, offset, first,
-                                                  top, classes, lut, coarse, S, COARSE)  # fmt: skip
+                                                  top, classes, lut, coarse, S)  # fmt: skip
                 if GROUPS == 2:
                     packed = tl.join(packed, second)
                 else:
                     x, p, ahead, rare, third = _four(x, p, ahead, rare, base, end, active, j0 + own + 8 * S, offset,
-                                                     first, top, classes, lut, coarse, S, COARSE)  # fmt: skip
+                                                     first, top, classes, lut, coarse, S)  # fmt: skip
                     x, p, ahead, rare, fourth = _four(x, p, ahead, rare, base, end, active, j0 + own + 12 * S, offset,
-                                                      first, top, classes, lut, coarse, S, COARSE)  # fmt: skip
+                                                      first, top, classes, lut, coarse, S)  # fmt: skip
                     packed = tl.reshape(tl.join(tl.join(packed, third), tl.join(second, fourth)), [BLOCK, 4])
             any_rare = tl.max(rare, axis=0)
             if any_rare == 0:
@@ -226,7 +225,6 @@ def _close(bad, lane, exists, active, broken, x, p, end):
 def decode_symbols_kernel(
     words, total, starts, lengths, offsets, classes, lut, coarse, slots, shift, symbols, stride, bad, tokens, rank,
     first, top, alphabet, BLOCK: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, OFFSETS: tl.constexpr,
-    COARSE: tl.constexpr,
 ):  # fmt: skip
     lane0 = tl.program_id(0) * BLOCK
     lane = lane0 + tl.arange(0, BLOCK)
@@ -238,7 +236,7 @@ def decode_symbols_kernel(
         offset = tl.load(offsets + token, mask=exists, other=0).to(tl.int32)
     x, p, ahead = _components(x, p, ahead, base, end, active, exists, token, own, lane0, tokens, 0, rank, offset, first,
                               top, classes, lut, coarse, slots, shift, alphabet, symbols, stride, bad, bad, bad, bad,
-                              BLOCK, S, GROUPS, _SYMBOLS, COARSE)  # fmt: skip
+                              BLOCK, S, GROUPS, _SYMBOLS)  # fmt: skip
     _close(bad, lane, exists, active, broken, x, p, end)
 
 
@@ -246,11 +244,11 @@ def decode_symbols_kernel(
 def decode_levels_kernel(
     words, total, starts, lengths, offsets, factors, bad, stride_starts, stride_lengths, stride_offsets, stride_factors,
     stride_bad, places, row, lut, coarse, slots, shift, tokens, top, alphabet, BLOCK: tl.constexpr, S: tl.constexpr,
-    GROUPS: tl.constexpr, OFFSETS: tl.constexpr, COARSE: tl.constexpr,
+    GROUPS: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, g): lanes of layer group g, whose operands ``places`` names (``LevelGroups``)."""
     group = tl.program_id(1).to(tl.int64)
-    place = places + group * 11
+    place = places + group * _PLACES
     classes = tl.load(place).to(tl.pointer_type(tl.uint8))
     centroid = tl.load(place + 1).to(tl.pointer_type(tl.float32))
     scale = tl.load(place + 2).to(tl.pointer_type(tl.int32))
@@ -275,11 +273,11 @@ def decode_levels_kernel(
     factor = factors + group * stride_factors
     x, p, ahead = _components(x, p, ahead, base, end, active, exists, token, own, lane0, tokens, 0,
                               tl.minimum(width, rank), offset, first, top, classes, lut, coarse, slots, shift, alphabet,
-                              wide, wide_stride, centroid, scale, bias, factor, BLOCK, S, GROUPS, _WIDE,
-                              COARSE)  # fmt: skip
+                              wide, wide_stride, centroid, scale, bias, factor, BLOCK, S, GROUPS,
+                              _WIDE)  # fmt: skip
     x, p, ahead = _components(x, p, ahead, base, end, active, exists, token, own, lane0, tokens, width, rank - width,
                               offset, first, top, classes, lut, coarse, slots, shift, alphabet, narrow, narrow_stride,
-                              centroid, scale, bias, factor, BLOCK, S, GROUPS, _NARROW, COARSE)  # fmt: skip
+                              centroid, scale, bias, factor, BLOCK, S, GROUPS, _NARROW)  # fmt: skip
     _close(bad + group * stride_bad, lane, exists, active, broken, x, p, end)
 
 
