@@ -7,8 +7,6 @@ whole call, host work included; stages are GPU events of one further run.
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +16,20 @@ import torch
 from torch import Tensor
 
 from dynamo_kvtc.bench.shapes import model_of
+from dynamo_kvtc.bench.stages import decode_stages, floors, measure_rates, median, stages
 from dynamo_kvtc.bench.synthetic import Synthetic, rows_of
 from dynamo_kvtc.calibrate.collect import default_groups
 from dynamo_kvtc.codec.paged import Blocks, PagedCodec, PagedLimits
-from dynamo_kvtc.codec.paged_groups import PagedGroup
+from dynamo_kvtc.codec.paged_groups import PagedPoint
 from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.errors import CalibrationError, ConfigError
+from dynamo_kvtc.ops.deflate.nvcomp import MAX_CHUNK_BYTES, Codec
+from dynamo_kvtc.ops.pages import PagedCache
 from dynamo_kvtc.types import KVShape
 
+MAX_RANK = {"kvtc": 6144, "paper": 10_000}
+"""As `kvtc calibrate` has it."""
 _CHECKED_BLOCKS = 2
-_WARM, _RUNS = 3, 9
-_RAW_BYTES = 1 << 30
 _TOLERANCE = 2e-3
 
 Row = dict[str, Any]
@@ -36,21 +37,36 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class CodecCase:
-    """What to measure. ratios: of coded tokens; requests x tokens are coded in one call; groups: layer groups (default:
-    as `kvtc calibrate` has it); max_rank: components kept per layer group; lanes: rANS lanes a token (default: by
-    their cost); prefill: whether to time a random-weight model of the shape, too."""
+    """What to measure. ratios: of coded tokens (profile paper: before DEFLATE); requests x tokens are coded in one
+    call; profile: "kvtc" or "paper"; groups: layer groups (default: kvtc as `kvtc calibrate` has it; paper as few as
+    nvCOMP's DEFLATE can take); max_rank: components kept per layer group; lanes: rANS lanes a token (default: by their
+    cost); prefill: whether to time a random-weight model of the shape, too."""
 
     shape: str
     ratios: tuple[float, ...]
     tokens: int
     requests: int = 1
+    profile: str = "kvtc"
     groups: int | None = None
-    max_rank: int = 6144
+    max_rank: int | None = None
     lanes: int | None = None
     block_tokens: int = 16
     prefill: bool = True
     small_tokens: int = 512
     limits: PagedLimits | None = None
+
+
+@dataclass
+class Coded:
+    """A synthetic cache, its records, and where they were restored to. error: relative, of what came back."""
+
+    codec: PagedCodec
+    decoder: PagedCodec
+    blocks: Blocks
+    back: Blocks
+    arena: Tensor
+    encoded: Any
+    error: float
 
 
 def run(case: CodecCase, progress: Callable[[str], None]) -> list[Row]:
@@ -61,10 +77,8 @@ def run(case: CodecCase, progress: Callable[[str], None]) -> list[Row]:
     shape = model_of(case.shape).kv
     rates = measure_rates(device)
     progress(f"rates: {rates}")
-    groups = case.groups or default_groups(shape, 1)
-    synthetic = Synthetic(shape, case.ratios, groups, case.max_rank, case.block_tokens, device, case.lanes)
-    total = case.tokens * case.requests
-    cache, slots = synthetic.cache(total)
+    synthetic = synthesise(case, shape, device)
+    cache, slots = synthetic.cache(case.tokens * case.requests)
     positions = torch.arange(case.tokens).repeat(case.requests)
     synthetic.fill(cache, slots, positions)
     progress("artifact and cache made")
@@ -76,194 +90,116 @@ def run(case: CodecCase, progress: Callable[[str], None]) -> list[Row]:
         progress(f"prefill of {case.tokens} tokens: {prefill:.3f} s")
     rows = []
     for ratio in case.ratios:
-        rows.append(_one(case, synthetic, cache, slots, positions, ratio, rates, progress) | {"prefill_s": prefill})
+        coded = prove(case, synthetic, cache, slots, positions, f"{ratio:g}")
+        progress(f"ratio {ratio:g}: verified")
+        rows.append(_timed(case, coded, slots, ratio, rates) | {"prefill_s": prefill})
+        del coded
         torch.cuda.empty_cache()
         progress(f"ratio {ratio:g}: done")
     return rows
 
 
-def _one(
-    case: CodecCase, synthetic: Synthetic, cache: Any, slots: Tensor, positions: Tensor, ratio: float,
-    rates: dict[str, float], progress: Callable[[str], None],
-) -> Row:  # fmt: skip
-    shape, name = synthetic.shape, f"{ratio:g}"
-    raw_bytes = len(slots) * shape.bytes_per_token
-    arena = torch.empty(int(2.5 * raw_bytes / ratio) + (64 << 20), dtype=torch.uint8, pin_memory=True)
-    codec = PagedCodec(synthetic.artifact, name, cache, limits=case.limits)
+def synthesise(case: CodecCase, shape: KVShape, device: torch.device) -> Synthetic:
+    """The case's artifact, and caches to code with it."""
+    if case.profile not in MAX_RANK:
+        raise ConfigError(f"profile is {case.profile!r}; it must be one of {', '.join(MAX_RANK)}")
+    groups = case.groups
+    if groups is None and case.profile == "paper":
+        # Codes of a block and layer group are one chunk of DEFLATE.
+        codes = case.block_tokens * shape.bytes_per_token / min(case.ratios)
+        groups = min(shape.layers, -(-int(codes) // MAX_CHUNK_BYTES[Codec.DEFLATE]))
+    groups = groups or default_groups(shape, 1)
+    rank = case.max_rank or MAX_RANK[case.profile]
+    return Synthetic(shape, case.ratios, groups, rank, case.block_tokens, device, case.lanes, case.profile)
+
+
+def prove(
+    case: CodecCase, synthetic: Synthetic, cache: PagedCache, slots: Tensor, positions: Tensor, name: str,
+    deflate: str = "deflate",
+) -> Coded:  # fmt: skip
+    """Codes and restores the cache once. Raises CalibrationError if records or cache are not what the CPU makes."""
+    cuda = cache.device.type == "cuda"
+    raw_bytes = len(slots) * synthetic.shape.bytes_per_token
+    arena = torch.empty(int(2.5 * raw_bytes / float(name)) + (64 << 20), dtype=torch.uint8, pin_memory=cuda)
+    codec = PagedCodec(synthetic.artifact, name, cache, limits=case.limits, deflate=deflate)
     blocks = Blocks.uniform(slots, positions, case.block_tokens)
     encoded = codec.encode(blocks, arena)
     encoded.finish()
     target, target_slots = synthetic.cache(len(slots))
-    decoder = PagedCodec(synthetic.artifact, name, target, limits=case.limits)
+    decoder = PagedCodec(synthetic.artifact, name, target, limits=case.limits, deflate=deflate)
     back = Blocks.uniform(target_slots, None, case.block_tokens)
     status = decoder.decode(arena, encoded.offsets, encoded.sizes, back).finish()
     if status.any():
         raise CalibrationError(f"{int((status != 0).sum())} of {len(status)} blocks did not come back: {set(status)}")
-    error = _verify(case, synthetic, name, cache, slots, positions, target, target_slots, encoded)
-    progress(f"ratio {name}: verified")
+    size, records = case.block_tokens, encoded.records()
+    reference = BlockCodec(synthetic.artifact, name)
+    last = len(records) - 1
+    for b in sorted({min(1, last), last})[:_CHECKED_BLOCKS]:
+        own = slice(b * size, min((b + 1) * size, len(slots)))
+        theirs = reference.encode_block(*rows_of(cache, slots[own]), positions[own]).record
+        # DEFLATE may be spelt in more than one way; what the record says may not.
+        wanted = torch.stack(reference.decode_block(theirs)[:2]).float()
+        said = torch.stack(reference.decode_block(records[b])[:2]).float()
+        if not torch.equal(said, wanted) or (case.profile == "kvtc" and theirs != records[b]):
+            raise CalibrationError(f"block {b}: the GPU's record is not the CPU's")
+        found = torch.stack(rows_of(target, target_slots[own])).float()
+        off = float((found - wanted).norm() / wanted.norm())
+        if not off <= _TOLERANCE:
+            raise CalibrationError(f"block {b}: the GPU's cache is {off:.2e} from the CPU's; allowed is {_TOLERANCE}")
+    some = slice(0, min(4096, len(slots)))
+    before, after = (torch.stack(rows_of(c, s[some])).float() for c, s in ((cache, slots), (target, target_slots)))
+    error = float((after - before).norm() / before.norm())
+    return Coded(codec, decoder, blocks, back, arena, encoded, error)
+
+
+def _timed(case: CodecCase, coded: Coded, slots: Tensor, ratio: float, rates: dict[str, float]) -> Row:
+    codec, decoder, encoded, arena = coded.codec, coded.decoder, coded.encoded, coded.arena
 
     def encode() -> None:
-        codec.encode(blocks, arena).finish()
+        codec.encode(coded.blocks, arena).finish()
+
+    def restore() -> Any:
+        return decoder.decode(arena, encoded.offsets, encoded.sizes, coded.back)
 
     def decode() -> None:
-        decoder.decode(arena, encoded.offsets, encoded.sizes, back).finish()
+        restore().finish()
 
-    point = codec.point
-    assert point is not None
+    raw_bytes = len(slots) * codec.artifact.shape.bytes_per_token
     row: Row = {
-        "shape": case.shape, "profile": "kvtc", "tokens": len(slots), "requests": case.requests, "ratio": ratio,
-        "groups": len(point.groups), "rank": [g.rank for g in point.groups],
-        "wide_components": [g.wide for g in point.groups],
-        "wide_inputs": [g.wide_inputs for g in point.groups],
-        "channels": [g.channels for g in point.groups], "lanes": point.lanes,
-        "device": torch.cuda.get_device_name(), "torch": str(torch.__version__), "rates": rates,
+        "shape": case.shape, "profile": case.profile, "tokens": len(slots), "requests": case.requests, "ratio": ratio,
+        **_point(codec), "device": torch.cuda.get_device_name(), "torch": str(torch.__version__), "rates": rates,
         "raw_bytes": raw_bytes, "record_bytes": int(encoded.sizes.sum()),
-        "exact_tokens": int(encoded.exact.sum()), "relative_error": error,
+        "exact_tokens": int(encoded.exact.sum()), "relative_error": coded.error,
         "basis_bytes": codec.basis_bytes, "workspace_bytes": codec.workspace_bytes,
         "raw_h2d_s": raw_bytes / rates["h2d_bytes_s"], "raw_d2h_s": raw_bytes / rates["d2h_bytes_s"],
-        "encode_s": _median(encode), "decode_s": _median(decode),
+        "encode_s": median(encode), "decode_s": median(decode),
     }  # fmt: skip
-    few = slots[: case.small_tokens]
-    small = Blocks.uniform(target_slots[: len(few)], None, case.block_tokens)
-    n = len(small.counts)
-    row["small_tokens"] = len(few)
-    row["small_decode_s"] = _median(
+    n = int(np.searchsorted(np.cumsum(coded.back.counts), min(case.small_tokens, len(slots)))) + 1
+    tokens = int(coded.back.counts[:n].sum())
+    small = Blocks.uniform(coded.back.slots[:tokens], None, case.block_tokens)
+    row["small_tokens"] = tokens
+    row["small_decode_s"] = median(
         lambda: decoder.decode(arena, encoded.offsets[:n], encoded.sizes[:n], small).finish()
     )
-    row["first_group_s"], row["all_groups_s"], row["decode_stages_s"] = _decode_stages(
-        decoder, lambda: decoder.decode(arena, encoded.offsets, encoded.sizes, back)
-    )
+    row["first_group_s"], row["all_groups_s"], row["decode_stages_s"] = decode_stages(decoder, restore)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     decode()
     # What a restore needs beside cache and bases: the decoder's workspace, and what the call took for itself.
     row["restore_bytes"] = decoder.restore_workspace_bytes + torch.cuda.max_memory_allocated() - before
-    row["encode_stages_s"] = _stages(codec, encode)
-    row["floors_s"] = _floors(point.groups, shape, len(slots), row, rates)
+    row["encode_stages_s"] = stages(codec, encode)
+    row["floors_s"] = floors(codec.point, len(slots), raw_bytes, row["record_bytes"], rates)
     return row
 
 
-def _verify(
-    case: CodecCase, synthetic: Synthetic, name: str, cache: Any, slots: Tensor, positions: Tensor, target: Any,
-    target_slots: Tensor, encoded: Any,
-) -> float:  # fmt: skip
-    """Relative error of what came back. Raises CalibrationError if records or cache are not what the CPU makes."""
-    size, records = case.block_tokens, encoded.records()
-    reference = BlockCodec(synthetic.artifact, name)
-    last = len(records) - 1
-    for b in sorted({1, last})[:_CHECKED_BLOCKS]:
-        own = slice(b * size, min((b + 1) * size, len(slots)))
-        k, v = rows_of(cache, slots[own])
-        if reference.encode_block(k, v, positions[own]).record != records[b]:
-            raise CalibrationError(f"block {b}: the GPU's record is not the CPU's")
-        found = torch.stack(rows_of(target, target_slots[own])).float()
-        wanted = torch.stack(reference.decode_block(records[b])[:2]).float()
-        off = float((found - wanted).norm() / wanted.norm())
-        if not off <= _TOLERANCE:
-            raise CalibrationError(f"block {b}: the GPU's cache is {off:.2e} from the CPU's; allowed is {_TOLERANCE}")
-    some = slice(0, min(4096, len(slots)))
-    before, after = (torch.stack(rows_of(c, s[some])).float() for c, s in ((cache, slots), (target, target_slots)))
-    return float((after - before).norm() / before.norm())
-
-
-def _median(call: Callable[[], object]) -> float:
-    for _ in range(_WARM):
-        call()
-    times = []
-    for _ in range(_RUNS):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
-def _stages(codec: PagedCodec, call: Callable[[], Any]) -> dict[str, float]:
-    """Seconds between one stage's end and the next's, summed by name; what has no stage is the host's doing."""
-    torch.cuda.synchronize()
-    codec.marks = []
-    try:
-        call()
-        torch.cuda.synchronize()
-        marks = codec.marks
-    finally:
-        codec.marks = None
-    out: dict[str, float] = {}
-    for (_, before), (name, event) in itertools.pairwise(marks):
-        out[name] = out.get(name, 0.0) + before.elapsed_time(event) / 1e3
-    return out
-
-
-def _decode_stages(codec: PagedCodec, call: Callable[[], Any]) -> tuple[float, float, dict[str, float]]:
-    """Seconds from the call until the first and the last layer group are in the pages, and the stages'."""
-    first, whole = [], []
-    for _ in range(_RUNS):
-        torch.cuda.synchronize()
-        codec.marks = []
-        start = torch.cuda.Event(enable_timing=True)
-        start.record()
-        restore = call()
-        restore.finish()
-        first.append(start.elapsed_time(restore.events[0]) / 1e3)
-        whole.append(start.elapsed_time(restore.events[-1]) / 1e3)
-        codec.marks = None
-    return float(np.median(first)), float(np.median(whole)), _stages(codec, lambda: call().finish())
-
-
-def _floors(
-    groups: tuple[PagedGroup, ...], shape: KVShape, tokens: int, row: Row, rates: dict[str, float]
-) -> dict[str, float]:
-    """The least a stage can take at the rates measured: its products on the matrix units, or its bytes once through
-    device memory or over the link."""
-    ops8, ops16, memory = rates["int8_ops_s"], rates["bf16_ops_s"], rates["device_bytes_s"]
-    raw, coded = row["raw_bytes"], row["record_bytes"]
-    narrow = sum(2 * tokens * g.channels * g.narrow for g in groups)
-    high = sum(2 * tokens * g.wide_inputs * g.narrow for g in groups)
-    wide16 = sum(2 * tokens * g.channels * g.wide for g in groups)
-    wide8 = sum(2 * tokens * 2 * (g.channels + g.wide_inputs) * g.wide for g in groups)
-    rank = sum(g.rank for g in groups)
-    inputs = sum(g.channels + g.wide_inputs for g in groups)
-    return {
-        "decode project": narrow / ops8 + wide16 / ops16, "decode checksum": coded / memory,
-        "decode rANS": (coded + tokens * rank) / memory,
-        "encode gather": (raw + tokens * inputs) / memory, "encode project": (narrow + high + wide8) / ops8,
-        "encode quantise": tokens * rank * (4 + 2) / memory, "encode rANS": (2 * tokens * rank + coded) / memory,
-        "encode pack": 2 * coded / memory, "encode checksum": 2 * coded / memory,
-    }  # fmt: skip
-
-
-def measure_rates(device: torch.device) -> dict[str, float]:
-    """What this GPU does, bytes and operations a second: the floors that stages are held against."""
-    host = torch.empty(_RAW_BYTES, dtype=torch.uint8, pin_memory=True)
-    there, other = (torch.empty(_RAW_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
-    out = {
-        "h2d_bytes_s": _RAW_BYTES / _gpu_seconds(lambda: there.copy_(host, non_blocking=True)),
-        "d2h_bytes_s": _RAW_BYTES / _gpu_seconds(lambda: host.copy_(there, non_blocking=True)),
-        "device_bytes_s": 2 * _RAW_BYTES / _gpu_seconds(lambda: other.copy_(there)),
-    }
-    n = 8192
-    a, b = (torch.randn(n, n, device=device) for _ in range(2))
-    a16, b16 = a.bfloat16(), b.bfloat16()
-    out["bf16_ops_s"] = 2 * n**3 / _gpu_seconds(lambda: a16 @ b16)
-    # The matrix units take fp8 and int8 at the same rate; cuBLAS's fp8 product is the faster of its two.
-    a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
-    one = torch.ones((), device=device)
-    fp8 = _gpu_seconds(lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16))
-    ai, bi = ((10 * x).to(torch.int8) for x in (a, b))
-    int8 = _gpu_seconds(lambda: torch._int_mm(ai, bi.t()))
-    out["int8_ops_s"] = 2 * n**3 / min(fp8, int8)
-    return out
-
-
-def _gpu_seconds(call: Callable[[], Any]) -> float:
-    times = []
-    for i in range(_WARM + _RUNS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        if i >= _WARM:
-            times.append(start.elapsed_time(end) / 1e3)
-    return float(np.median(times))
+def _point(codec: PagedCodec) -> Row:
+    """The operating point's shape. rank: of each layer group; of profile paper K's and V's together."""
+    point = codec.point
+    told: Row = {"groups": len(point.groups), "channels": [g.channels for g in point.groups]}
+    if isinstance(point, PagedPoint):
+        return told | {
+            "rank": [g.rank for g in point.groups], "wide_components": [g.wide for g in point.groups],
+            "wide_inputs": [g.wide_inputs for g in point.groups], "lanes": point.lanes,
+        }  # fmt: skip
+    return told | {"rank": [g.k.rank + g.v.rank for g in point.groups], "code_bytes": [g.width for g in point.groups]}

@@ -20,8 +20,8 @@ _COLUMNS = (
     "faster", "prefill", "512 tokens",
 )  # fmt: skip
 _COLOURS = {
-    "checksum": "#56B4E9", "rANS": "#E69F00", "rotations": "#999999", "project": "#009E73",
-    "quantise": "#F0E442", "gather": "#CC79A7", "pack": "#D55E00", "exact": "#000000",
+    "checksum": "#56B4E9", "rANS": "#E69F00", "DEFLATE": "#E69F00", "rotations": "#999999", "project": "#009E73",
+    "quantise": "#F0E442", "dequantise": "#F0E442", "gather": "#CC79A7", "pack": "#D55E00", "exact": "#000000",
 }  # fmt: skip
 _LEFT_OUT = ("encode", "decode")
 """Marks between stages: the host's time."""
@@ -85,7 +85,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 bottom += height
             panel.text(i, bottom + 0.02, f"{_ms(row[f'{direction}_s'])} ms", ha="center", fontsize=8)
         panel.axhline(1.0, color="black", linestyle="--", linewidth=1)
-        labels = [f"{row['shape']}\n{row['tokens']:,} tokens, {row['ratio']:g}x" for row in rows]
+        labels = [f"{_cells(row)[0]}\n{row['tokens']:,} tokens, {row['ratio']:g}x" for row in rows]
         panel.set_xticks(range(len(rows)), labels, fontsize=8)
         panel.set_title({"decode": "records to finished cache", "encode": "cache to records"}[direction])
     panels[0].set_ylabel("time over the raw copy's (dashed)")
@@ -100,8 +100,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     real = row["raw_bytes"] / row["record_bytes"]
     prefill = row.get("prefill_s")
     requests = f"{row['requests']} x " if row["requests"] > 1 else ""
+    profile = "" if row["profile"] == "kvtc" else f", {row['profile']}"
     return (
-        row["shape"], f"{requests}{row['tokens'] // row['requests']:,}", f"{real:.1f}",
+        row["shape"] + profile, f"{requests}{row['tokens'] // row['requests']:,}", f"{real:.1f}",
         " / ".join(str(r) for r in row["rank"]), _ms(row["raw_h2d_s"]), _ms(row["decode_s"]),
         f"{row['raw_h2d_s'] / row['decode_s']:.2f}x", _ms(row["first_group_s"]), _ms(row["raw_d2h_s"]),
         _ms(row["encode_s"]), f"{row['raw_d2h_s'] / row['encode_s']:.2f}x", "" if prefill is None else _ms(prefill),

@@ -15,8 +15,8 @@ from torch import Tensor
 from dynamo_kvtc.calibrate.collect import parts_of, split_layers
 from dynamo_kvtc.calibrate.importance import LEADING, ImportanceModel, component_order
 from dynamo_kvtc.calibrate.narrow import quantise_narrow
-from dynamo_kvtc.calibrate.points import KvtcPoints, KvtcTransform
-from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Artifact, Manifest, seal
+from dynamo_kvtc.calibrate.points import KvtcPoints, KvtcTransform, fit_paper
+from dynamo_kvtc.codec.artifact import FORMAT_VERSION, Artifact, Manifest, Point, seal
 from dynamo_kvtc.ops.pages import PagedCache, scatter_rows
 from dynamo_kvtc.ops.project import BASIS_BITS, quantise_basis
 from dynamo_kvtc.ops.quantize import FINENESS_NEUTRAL
@@ -81,8 +81,9 @@ class Synthetic:
 
     def __init__(
         self, shape: KVShape, ratios: tuple[float, ...], groups: int, max_rank: int, block_tokens: int,
-        device: torch.device, lanes: int | None = None,
+        device: torch.device, lanes: int | None = None, profile: str = "kvtc",
     ) -> None:  # fmt: skip
+        """lanes: of profile kvtc. Raises CalibrationError for a ratio that cannot be reached."""
         self.shape, self.device = shape, device
         self.rope = RopeSpec(tuple(5e5 ** (-2 * i / shape.head_dim) for i in range(shape.head_dim // 2)))
         self._generator = torch.Generator(device).manual_seed(0)
@@ -90,6 +91,20 @@ class Synthetic:
         self._parts = parts_of(shape, bounds, 1)
         self._deviations = [spectrum(part.channels, part.group, groups).to(device) for part in self._parts]
         self._transforms = [self._transform(i, min(max_rank, part.channels)) for i, part in enumerate(self._parts)]
+        if profile == "paper":
+            points, tensors = self._paper(ratios, max_rank)
+        else:
+            points, tensors = self._kvtc(ratios, block_tokens, lanes)
+        identity = ModelIdentity("synthetic", "", "0" * 64, "Synthetic")
+        manifest = Manifest(
+            FORMAT_VERSION, profile, identity, shape, self.rope, 1, block_tokens, bounds, tuple(points),
+            {"synthetic": "spectrum of SmolLM2-135M-Instruct, stretched"},
+        )  # fmt: skip
+        self.artifact = Artifact(*seal(manifest, tensors))
+
+    def _kvtc(
+        self, ratios: tuple[float, ...], block_tokens: int, lanes: int | None
+    ) -> tuple[list[Point], dict[str, Tensor]]:
         sample = [self._components(i, _CHUNK) for i in range(len(self._parts))]
         reach, outside, peak, norm = [], [], 0.0, 0.0
         for transform, y in zip(self._transforms, sample, strict=True):
@@ -98,19 +113,33 @@ class Synthetic:
             reach.append(scaled.abs().topk(3, dim=0).values[-1])
             peak = max(peak, float(scaled.abs().amax(dim=1).quantile(0.999)))
             norm = max(norm, float(scaled.norm(dim=1).quantile(0.999)))
+        importance = [self._importance(i) for i in range(len(self._parts))]
         points = KvtcPoints(
-            self._transforms, [self._importance(i) for i in range(len(self._parts))], sample, outside, peak, norm,
-            reach,
-            8 * shape.bytes_per_token, block_tokens, lanes,
+            self._transforms, importance, sample, outside, peak, norm, reach, 8 * self.shape.bytes_per_token,
+            block_tokens, lanes,
         )  # fmt: skip
         for ratio in ratios:
             points.add(f"{ratio:g}", points.solve(ratio))
-        identity = ModelIdentity("synthetic", "", "0" * 64, "Synthetic")
-        manifest = Manifest(
-            FORMAT_VERSION, "kvtc", identity, shape, self.rope, 1, block_tokens, bounds, tuple(points.points),
-            {"synthetic": "spectrum of SmolLM2-135M-Instruct, stretched"},
-        )  # fmt: skip
-        self.artifact = Artifact(*seal(manifest, points.tensors()))
+        return points.points, points.tensors()
+
+    def _paper(self, ratios: tuple[float, ...], max_rank: int) -> tuple[list[Point], dict[str, Tensor]]:
+        """Of the same cache: its covariance is known, no token need be drawn for it."""
+        tensors: dict[str, Tensor] = {}
+        bits = [0.0] * len(ratios)
+        for i, (part, transform) in enumerate(zip(self._parts, self._transforms, strict=True)):
+            rank = transform.wide.shape[1]
+            spread = transform.wide.float() * (2.0**-BASIS_BITS * self._deviations[i][:rank])
+            covariance = spread @ spread.T
+            covariance.diagonal().add_(self._rest(i, rank) ** 2)
+            covariance.div_(transform.weight[:, None]).div_(transform.weight)
+            fitted, spent = fit_paper(
+                part, transform.mean, covariance, lambda p: self._rows(self._parts.index(p), _CHUNK), ratios, max_rank,
+                lambda *_: None,
+            )  # fmt: skip
+            tensors.update(fitted)
+            bits = [a + b for a, b in zip(bits, spent, strict=True)]
+        raw_bits = 8 * self.shape.bytes_per_token
+        return [Point(f"{r:g}", 0.0, raw_bits / b) for r, b in zip(ratios, bits, strict=True)], tensors
 
     def cache(self, tokens: int, page_tokens: int = 16) -> tuple[PagedCache, Tensor]:
         """An empty cache with room for these tokens, pages in random order, and their slots int64 [T] on the CPU."""
@@ -131,10 +160,9 @@ class Synthetic:
             there = slots[own].to(self.device)
             cos, sin = rotations.at(positions[own].to(self.device))
             keep = torch.ones(len(there), dtype=torch.uint8, device=self.device)
-            for i, (part, transform) in enumerate(zip(self._parts, self._transforms, strict=True)):
-                rows = self._scaled(transform, self._components(i, len(there))) / transform.weight + transform.mean
+            for i, part in enumerate(self._parts):
                 layers = (part.layers.start, part.layers.stop)
-                scatter_rows(cache, layers, there, rows.contiguous(), cos, sin, self.rope, keep)
+                scatter_rows(cache, layers, there, self._rows(i, len(there)), cos, sin, self.rope, keep)
 
     def _transform(self, i: int, rank: int) -> KvtcTransform:
         part, channels = self._parts[i], self._parts[i].channels
@@ -168,11 +196,19 @@ class Synthetic:
 
     def _scaled(self, transform: KvtcTransform, y: Tensor) -> Tensor:
         """Channels [T, P] in the weighted domain; what no kept component holds is spread over all of them."""
-        part = transform.part
         rows = (y.to(torch.bfloat16) @ transform.wide.T.to(torch.bfloat16)).float() * 2.0**-BASIS_BITS
-        rest = self._deviations[self._parts.index(part)][y.shape[1] :].square().sum().div(part.channels).sqrt()
+        rest = self._rest(self._parts.index(transform.part), y.shape[1])
         rows += rest * torch.randn(rows.shape, generator=self._generator, device=self.device)
         return rows
+
+    def _rest(self, i: int, rank: int) -> Tensor:
+        """Standard deviation of a channel, in the weighted domain, by what components from ``rank`` on hold."""
+        return self._deviations[i][rank:].square().sum().div(self._parts[i].channels).sqrt()
+
+    def _rows(self, i: int, tokens: int) -> Tensor:
+        """Channels [T, P] of part i without RoPE."""
+        transform = self._transforms[i]
+        return (self._scaled(transform, self._components(i, tokens)) / transform.weight + transform.mean).contiguous()
 
 
 def rows_of(cache: PagedCache, slots: Tensor) -> tuple[Tensor, Tensor]:

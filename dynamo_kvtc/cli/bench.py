@@ -49,19 +49,24 @@ def calibrate_command(
 @click.option("--shape", "shapes", multiple=True, default=["llama-3.1-8b"], show_default=True,
               help=f"One of {', '.join(SHAPES)}; may be repeated.")  # fmt: skip
 @click.option("--ratio", "ratios", multiple=True, type=float, default=[20.0, 60.0], show_default=True,
-              help="Of coded tokens; may be repeated.")  # fmt: skip
+              help="Of coded tokens (paper: before DEFLATE); may be repeated.")  # fmt: skip
+@click.option("--profile", type=click.Choice(["kvtc", "paper"]), default="kvtc", show_default=True)
 @click.option("--tokens", default=8192, show_default=True, help="Tokens of a request.")
 @click.option("--requests", default=1, show_default=True, help="Requests coded in one call.")
-@click.option("--groups", type=int, help="Layer groups.  [default: as `kvtc calibrate` has it]")
-@click.option("--max-rank", default=6144, show_default=True, help="Components kept per layer group at most.")
+@click.option("--groups", type=int, help="Layer groups.  [default: kvtc as `kvtc calibrate` has it, paper as few "
+              "as nvCOMP can take]")  # fmt: skip
+@click.option(
+    "--max-rank", type=int, help="Components kept per layer group at most.  [default: kvtc 6144, paper 10000]"
+)
 @click.option("--lanes", type=int, help="rANS lanes a token.  [default: by their cost]")
 @click.option("--chunk", default=None, type=int, metavar="TOKENS", help="Tokens the GPU works on at once.")
 @click.option("--prefill/--no-prefill", default=True, show_default=True, help="Time a random-weight model, too.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the rows as JSON.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="FILE", help="Draw the stages (.png).")
 def codec_command(
-    shapes: tuple[str, ...], ratios: tuple[float, ...], tokens: int, requests: int, groups: int | None, max_rank: int,
-    lanes: int | None, chunk: int | None, prefill: bool, json_path: Path | None, plot_path: Path | None,
+    shapes: tuple[str, ...], ratios: tuple[float, ...], profile: str, tokens: int, requests: int, groups: int | None,
+    max_rank: int | None, lanes: int | None, chunk: int | None, prefill: bool, json_path: Path | None,
+    plot_path: Path | None,
 ) -> None:  # fmt: skip
     """Encode and restore a synthetic cache on this GPU, against moving its raw bytes and computing it again."""
     from dynamo_kvtc.bench.codec import CodecCase, run
@@ -72,8 +77,7 @@ def codec_command(
     rows = []
     for shape in shapes:
         case = CodecCase(
-            shape, ratios, tokens, requests, groups=groups, max_rank=max_rank, lanes=lanes, prefill=prefill,
-            limits=limits,
+            shape, ratios, tokens, requests, profile, groups, max_rank, lanes, prefill=prefill, limits=limits,
         )  # fmt: skip
         rows += run(case, lambda told: click.echo(told, err=True))
     console = Console()

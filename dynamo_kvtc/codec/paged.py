@@ -38,6 +38,7 @@ from dynamo_kvtc.ops.rope import rotations_of
 if TYPE_CHECKING:
     from dynamo_kvtc.codec.paged_decode import Decoder, Restore
     from dynamo_kvtc.codec.paged_encode import Encoded, Encoder
+    from dynamo_kvtc.codec.paged_paper_point import PaperPoint
 
 CODERS = ("deflate", "zlib")
 """Who may code payloads of profile paper. nvCOMP's own formats are not its records: ``bench.entropy`` times them."""
@@ -127,7 +128,6 @@ class PagedCodec:
         self.policy = policy or ExactPolicy()
         self.limits = limits or PagedLimits()
         index = artifact.point_index(point)
-        self.point: PagedPoint | None = None
         self.marks: list[tuple[str, torch.cuda.Event]] | None = None
         self.identity = Identity(
             PROFILE_IDS[artifact.manifest.profile], index, artifact.fingerprint, artifact.rank,
@@ -136,7 +136,8 @@ class PagedCodec:
         try:
             self.rotations = rotations_of(artifact.manifest.rope, cache.device)
             self.pages = pages_of(cache)
-            self._encoder, self._decoder, self.basis_bytes = self._profile(index, deflate, effort)
+            self.point, self._encoder, self._decoder = self._profile(index, deflate, effort)
+            self.basis_bytes = self.point.nbytes
         except torch.OutOfMemoryError as exc:
             free, total = torch.cuda.mem_get_info(cache.device)
             raise ConfigError(
@@ -151,18 +152,18 @@ class PagedCodec:
             event.record()
             self.marks.append((stage, event))
 
-    def _profile(self, index: int, deflate: str, effort: int) -> tuple[Encoder, Decoder, int]:
-        """The artifact's profile: its halves, and the bytes of its bases on the device."""
+    def _profile(self, index: int, deflate: str, effort: int) -> tuple[PagedPoint | PaperPoint, Encoder, Decoder]:
+        """The artifact's profile: the operating point on the device, and the codec's halves."""
         if self.artifact.manifest.profile == "kvtc":
             from dynamo_kvtc.codec.paged_kvtc import KvtcDecoder, KvtcEncoder
 
-            kvtc = self.point = PagedPoint.load(self.artifact, index, self.cache.device)
-            return KvtcEncoder(self, kvtc), KvtcDecoder(self, kvtc), kvtc.nbytes
+            kvtc = PagedPoint.load(self.artifact, index, self.cache.device)
+            return kvtc, KvtcEncoder(self, kvtc), KvtcDecoder(self, kvtc)
         from dynamo_kvtc.codec.paged_paper import PaperDecoder, PaperEncoder
         from dynamo_kvtc.codec.paged_paper_point import PaperPoint
 
         paper = PaperPoint.load(self.artifact, index, self.cache.device)
-        return PaperEncoder(self, paper, deflate, effort), PaperDecoder(self, paper, deflate), paper.nbytes
+        return paper, PaperEncoder(self, paper, deflate, effort), PaperDecoder(self, paper, deflate)
 
     @property
     def workspace_bytes(self) -> int:

@@ -102,6 +102,7 @@ class PaperEncoder(Encoder):
         )
         square_sums_device(limbs[:, : group.channels // 2], energy[0])
         energy[1].sub_(energy[0])
+        codec.mark("gather")
         error, unfit = self._error[g, :n], saturated != 0
         data, split = self._data[g][:n], group.k.width
         error.zero_()
@@ -115,11 +116,13 @@ class PaperEncoder(Encoder):
         n, rank = len(out), part.rank
         coefficients = self._coefficients[: n * rank].view(n, rank)
         analyse_wide_device(inputs, part.analysis, coefficients, self._products[: 4 * n * rank].view(2 * n, 2 * rank))
+        self._codec.mark("project")
         fits = self._fits[: 2 * n * part.plan.runs].view(n, 2 * part.plan.runs)
         affine.encode_device(coefficients, part.plan, out, self._overflow[:n], fits)
         levels = affine.decode_device(out, part.plan, self._levels[: n * rank].view(n, rank))
         kept, lost = self._sums[:, :n]
         affine.squared_errors_device(coefficients, levels, part.plan, kept, lost)
+        self._codec.mark("quantise")
         return (energy - kept).clamp_(min=0).add_(lost).mul_(part.unit**2)
 
     def _code(
@@ -144,6 +147,7 @@ class PaperEncoder(Encoder):
         )  # fmt: skip
         measured[:, 0] = torch.where(sizes > 0, found, 0)
         measured[:, 1] = torch.where(sizes > 0, status, 0)
+        self._codec.mark("DEFLATE")
 
     def _payload_bytes(self, measured: NDArray[np.int64]) -> NDArray[np.int64]:
         if measured[:, 1].any():
@@ -232,6 +236,7 @@ class PaperDecoder(Decoder):
         )  # fmt: skip
         damaged = wanted & ((inflated != 0) | (found != room))
         status.masked_fill_(damaged, lanes.BAD_LANE)
+        codec.mark("DEFLATE")
         data, split = self._data[: n * width].view(n, width), group.k.width
         affine.from_planes(self._planes[: n * width], starts, most, data)
         parts = ((group.k, data[:, :split]), (group.v, data[:, split:]))
@@ -242,10 +247,13 @@ class PaperDecoder(Decoder):
         bad = (~good.all(dim=0)).to(torch.int32)[None]
         chosen = self._chosen[:n]
         lanes.judge(bad, arrays["first"], arrays["counts"], status, arrays["slots"], chosen, 1, most)
+        codec.mark("dequantise")
         for part, own in parts:
             levels = self._levels[:n, : part.rank] if part.rank else self._no_levels[:n]
             if part.rank:
                 affine.decode_device(own, part.plan, levels)
+                codec.mark("dequantise")
             synthesise_into_pages(
                 self._none[:n], levels, part.synthesis, self._ones[:n], *sent.angles, codec.pages, chosen
             )  # fmt: skip
+            codec.mark("project")

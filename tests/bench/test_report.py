@@ -9,11 +9,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from dynamo_kvtc.bench import codec
 from dynamo_kvtc.bench.report import markdown, plot, stages
+from dynamo_kvtc.bench.stages import floors
 from dynamo_kvtc.bench.synthetic import MEASURED_CHANNELS, Synthetic, rows_of, spectrum
 from dynamo_kvtc.cli.main import main
+from dynamo_kvtc.codec.paged import PagedLimits
 from dynamo_kvtc.codec.pipeline import BlockCodec
-from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.errors import CalibrationError, ConfigError
 from dynamo_kvtc.types import KVShape
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +76,28 @@ def test_a_synthetic_cache_reaches_the_ratio_it_was_made_for():
     exact = sum(b.exact.total for b in blocks)
     coded = sum(len(b.record) for b in blocks) - exact * made.shape.bytes_per_token
     assert (64 - exact) * made.shape.bytes_per_token / coded == pytest.approx(20, rel=0.15)
+
+
+@pytest.mark.parametrize(("profile", "ratio"), [("kvtc", 32.0), ("paper", 16.0)])
+def test_a_case_is_proven(kernel_device, profile, ratio, monkeypatch):
+    case = codec.CodecCase(
+        "small", (ratio,), 20, profile=profile, groups=2, max_rank=48, limits=PagedLimits(32, 32, 1 << 20)
+    )
+    made = codec.synthesise(case, KVShape(2, 1, 64, "float32"), torch.device(kernel_device))
+    cache, slots = made.cache(20)
+    positions = torch.arange(20)
+    made.fill(cache, slots, positions)
+    proven = codec.prove(case, made, cache, slots, positions, f"{ratio:g}", deflate="zlib")
+    point = proven.codec.point
+    assert [g.channels for g in point.groups] == [128, 128]
+    rates = {"int8_ops_s": 2e15, "bf16_ops_s": 1e15, "device_bytes_s": 4e12}
+    least = floors(point, 20, 20 * made.shape.bytes_per_token, int(proven.encoded.sizes.sum()), rates)
+    assert all(seconds > 0 for seconds in least.values())
+    assert {f"{way} project" for way in ("encode", "decode")} < set(least)
+    assert 0 < proven.error < 0.5
+    monkeypatch.setattr(codec, "rows_of", lambda *what: tuple(x.roll(1, 0) for x in rows_of(*what)))
+    with pytest.raises(CalibrationError, match="block 1: the GPU's record is not the CPU's"):
+        codec.prove(case, made, cache, slots, positions, f"{ratio:g}", deflate="zlib")
 
 
 def test_without_a_gpu_the_bench_says_so():
