@@ -51,8 +51,7 @@ def open_tier(
         most = (MAX_RECORD_BYTES - _HEADER_BYTES) // artifact.shape.bytes_per_token
         raise ConfigError(
             f"exact is {options.exact!r}, window {options.window or 0} and a block of {engine.block_tokens} tokens has "
-            f"{raw} bytes; a record holds "
-            f"{MAX_RECORD_BYTES}: set the engine's block size to {most} tokens or fewer"
+            f"{raw} bytes; a record holds {MAX_RECORD_BYTES}: set the engine's block size to {most} tokens or fewer"
         )
     check_memory(options)
     cpu_codec = BlockCodec(artifact, point, policy)

@@ -94,7 +94,8 @@ class TierOptions:
 _KINDS: dict[str, type] = {
     "artifact": str, "point": str, "exact": str, "disk_path": str, "weights": str, "write_through": bool,
     "sinks": int, "window": int, "promote_on": int, "queue_mib": int, "min_tokens": int, "store_on_use": int,
-    "host_gib": float, "disk_gib": float, "prefill_tokens_per_second": float, "read_seconds": float, "close_seconds": float,
+    "host_gib": float, "disk_gib": float, "prefill_tokens_per_second": float, "read_seconds": float,
+    "close_seconds": float,
 }  # fmt: skip
 _OPTIONAL = ("point", "window", "disk_path", "prefill_tokens_per_second")
 _RANGES: dict[str, tuple[float, float, str]] = {
