@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 
 import click
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dynamo_kvtc.doctor.run import NEEDS, Asked, Report, examine
@@ -46,21 +48,15 @@ def command(
 
 def _print(report: Report, purposes: tuple[str, ...]) -> None:
     # Wide enough for a whole command where nobody reads along: a line that is cut cannot be pasted.
-    console = Console(width=None if click.get_text_stream("stdout").isatty() else 160, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "needed", "", "found", "remedy"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column)
     for line in report.lines:
         state = f"[{_COLOURS[line.status]}]{line.status}[/]"
-        table.add_row(
-            line.name, "yes" if line.name in report.needed else "", state, *map(_plain, (line.found, line.remedy))
-        )
+        needed = "yes" if line.name in report.needed else ""
+        table.add_row(line.name, needed, state, escape(line.found), escape(line.remedy))
     console.print(table)
     wrong = [line.name for line in report.lines if line.name in report.needed and line.status != "ok"]
     what = ", ".join(purposes) or "coding and what was asked for"
     click.echo(f"{what}: " + (f"cannot run: {', '.join(wrong)}" if wrong else "can run"))
-
-
-def _plain(text: str) -> str:
-    """No markup: a pip extra is in brackets."""
-    return text.replace("[", "\\[")

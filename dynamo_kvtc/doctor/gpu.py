@@ -66,7 +66,7 @@ def _none(cuda: str | None) -> Line:
         )
     return problem(
         "GPU", f"driver {driver}, torch for CUDA {cuda}, no device",
-        "see what `nvidia-smi` says; CUDA_VISIBLE_DEVICES must not hide it, the driver must be new enough for that CUDA",
+        "see what `nvidia-smi` says; CUDA_VISIBLE_DEVICES must not hide it, nor the driver be older than that CUDA",
     )  # fmt: skip
 
 
