@@ -25,7 +25,7 @@ def soak(folder: Path, seconds: float, intervals: int, seed: int, growth_bytes: 
     """Raises AssertionError for what is wrong; figures."""
     world = World(seed)
     # The host holds a part of what is live, the disk not all of it either.
-    tier = world.engine.tier(folder / "tier", host_gib=0.5 * MIB_OF_GIB, disk_gib=8 * MIB_OF_GIB, promote_on=2)
+    tier = world.engine.tier(folder / "tier", host_gib=0.1 * MIB_OF_GIB, disk_gib=8 * MIB_OF_GIB, promote_on=2)
     traffic = Traffic(world, tier, seed, sessions=400)
     times, memory = [], []
     began = time.monotonic()
@@ -62,8 +62,8 @@ def _line(seconds: float, memory: int, traffic: Traffic) -> str:
     told, m = traffic.counted(), traffic.tier.metrics
     return (
         f"{seconds:7.0f} s  {told['turns']:8,} turns  {memory / (1 << 20):7.1f} MiB  "
-        f"loaded {m.value('kvtc_loaded_blocks', 'loaded'):9,.0f}  evicted {m.value('kvtc_evictions', 'host'):9,.0f} host "
-        f"{m.value('kvtc_evictions', 'disk'):7,.0f} disk"
+        f"loaded {m.value('kvtc_loaded_blocks', 'loaded'):9,.0f}  evicted "
+        f"{m.value('kvtc_evictions', 'host'):9,.0f} host {m.value('kvtc_evictions', 'disk'):7,.0f} disk"
     )
 
 

@@ -50,9 +50,16 @@ class Work:
         """The sound ones."""
         out = self._proven([(key, lease, "host") for key, lease in self._overlay.get_many(keys)], prove, True)
         self.metrics.count("kvtc_overlay_blocks", len(out), "hit")
-        rest = [key for key in keys if key not in out]
+        try:
+            return out | self._promise_coded([key for key in keys if key not in out], prove)
+        except BaseException:
+            for promise in out.values():
+                promise.release()
+            raise
+
+    def _promise_coded(self, keys: Sequence[bytes], prove: bool) -> dict[bytes, Promise]:
         leases: list[tuple[bytes, Lease, str]] = []
-        for tier, wanted in self._by_tier(rest).items():
+        for tier, wanted in self._by_tier(keys).items():
             began = time.monotonic()
             found = self._store.get_many(wanted)
             there = [(key, lease, tier) for key, lease in zip(wanted, found, strict=True) if lease is not None]
@@ -60,17 +67,23 @@ class Work:
             self.metrics.observe("kvtc_fetch_seconds", seconds, tier)
             self._estimate.note_fetch(tier, len(wanted) * self.transcoder.block_tokens, seconds)
             leases += there
-        self.metrics.count("kvtc_lookup_blocks", len(rest) - len(leases), "miss", "none")
-        return out | self._proven(leases, prove, False)
+        self.metrics.count("kvtc_lookup_blocks", len(keys) - len(leases), "miss", "none")
+        return self._proven(leases, prove, False)
 
     def _proven(self, leases: Sequence[tuple[bytes, Lease, str]], prove: bool, exact: bool) -> dict[bytes, Promise]:
         """exact: whether they are the overlay's: then one that is bad is no miss, for there is the coded record."""
         if not leases:
             return {}
         began = time.monotonic()
-        proven = self.transcoder.promise(
-            [k for k, _, _ in leases], [x for _, x, _ in leases], [t for _, _, t in leases], prove
-        )
+        try:
+            proven = self.transcoder.promise(
+                [k for k, _, _ in leases], [x for _, x, _ in leases], [t for _, _, t in leases], prove
+            )
+        except BaseException:
+            # Not left to the collector: whoever keeps the traceback would keep the records from being moved.
+            for _, lease, _ in leases:
+                lease.release()
+            raise
         seconds = time.monotonic() - began
         out: dict[bytes, Promise] = {}
         for (key, _, tier), promise in zip(leases, proven, strict=True):
