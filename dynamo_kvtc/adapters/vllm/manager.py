@@ -182,8 +182,8 @@ class Manager(OffloadingManager):
             self._shared.name(mine, key)
         positions = firsts if len(firsts) == len(chosen) else None
         tail = self._tail(request, req_context, {mine: end_position(req_context, key) or 0 for key, mine in chosen})
-        keys = StoreKeys([mine for _, mine in chosen], positions, tail)
-        return PrepareStoreOutput([key for key, _ in chosen], keys, [])
+        spec = StoreKeys([mine for _, mine in chosen], positions, tail)
+        return PrepareStoreOutput([key for key, _ in chosen], spec, [])
 
     def _tail(self, request: _Request, context: Any, ends: Mapping[bytes, int]) -> frozenset[bytes]:
         """Of blocks to be stored those within the window; tells the tier which blocks the sequence has grown past."""
