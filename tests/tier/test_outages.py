@@ -23,8 +23,9 @@ from tests.tier.parts import MIB_OF_GIB, SHAPE, Engine, load, store
 from tests.tier.traffic import Traffic, World, check_nothing_is_held
 
 SMALL_HOST = {"host_gib": 0.05 * MIB_OF_GIB}
-WAITS_FOR_NOTHING = 2.0
-"""Seconds a call on the engine's thread may take here: other threads have the interpreter, now and then."""
+WAITS_FOR_NOTHING = 10.0
+"""Seconds a call on the engine's thread may take: it takes milliseconds, but on a busy machine others have the
+interpreter. What waited for a broken disk would take longer."""
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_the_end_comes_in_the_middle(world, folder, hangs):
     time.sleep(0.5)
     began = time.monotonic()
     ended = tier.close(3.0)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 20
     if hangs:
         gate.set()
     else:
