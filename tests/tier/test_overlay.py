@@ -168,7 +168,7 @@ def test_spare_records_give_way():
     assert store.spare_bytes == 0
 
 
-def test_a_window_wants_room_in_gib(engine):
+def test_nothing_is_exact_unless_a_tail_is_told(engine):
     tier = engine.tier(host_gib=4 * MIB_OF_GIB, window=8)
     assert tier.window == 8
     store(tier, engine.sequence(tier, 2))
