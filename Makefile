@@ -31,9 +31,11 @@ lint: $(STAMP)
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.fuzz_records --records 20000 --artifacts 500
 
-# The disk tier, killed a hundred times while it writes; then every test on data it has not seen.
+# KVTC_SOAK_MINUTES (30) of conversations over one tier; store and tier, each killed a hundred times while they write;
+# then every test on data it has not seen.
 soak: $(STAMP)
-	KVTC_KILLS=100 $(VENV)/bin/python -m pytest -q tests/store/test_crash.py $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.soak_tier
+	OMP_NUM_THREADS=1 KVTC_KILLS=100 $(VENV)/bin/python -m pytest -q tests/store/test_crash.py tests/tier/test_killed.py $(ARGS)
 	KVTC_TEST_SEED=fresh OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(ARGS)
 
 # kvbm: three leaders, 20 seconds, 0.6 GB. vllm: 4 minutes on 2 cores, 2.4 GB.

@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": ("bench", "Measure speed on this machine; every case first proves its result."),
     "calibrate": ("calibrate", "Fit the codec to a model and write its artifact."),
     "demo": ("demo", "Calibrate on a small model and hold a conversation three ways."),
+    "doctor": ("doctor", "Say what this machine and environment can run, and what is missing."),
     "eval": ("evaluate", "Measure quality and size against the uncompressed model and peers."),
     "inspect": ("inspect", "Show what a calibration artifact or a coded block says of itself."),
 }

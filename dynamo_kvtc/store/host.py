@@ -6,6 +6,9 @@ arena is free in crumbs, unpinned records are slid together instead, a few at a 
 and the record that did not fit, is lost to fragmentation as long as leases do not wall holes in; the README has what
 was measured. Records on lease or being written never move.
 
+*Spare* records are those that can be missed best: they take what room there is, are the first to go, never push out a
+lasting record, and nobody is told when they go.
+
 One lock, held for bookkeeping and for sliding at most 4 MiB; records are copied outside it. A reader of a lease needs
 no lock.
 """
@@ -132,20 +135,21 @@ class HostStore(Store):
         self._errors: Counter[str] = Counter()
         self._closed = False
 
-    def put(self, key: bytes, record: Record) -> bool:
+    def put(self, key: bytes, record: Record, spare: bool = False) -> bool:
+        """As every store's; spare: see above."""
         check_key(key)
         source = memoryview(record).cast("B")
         check_record_bytes(source.nbytes)
         with self._lock:
             if not self._closed and key in self._shelf.slots:
                 return True
-        room = self.reserve(key, source.nbytes)
+        room = self.reserve(key, source.nbytes, spare)
         if room is None:
             return self.contains(key)
         room.record[:] = source
         return room.commit()
 
-    def reserve(self, key: bytes, nbytes: int) -> Reservation | None:
+    def reserve(self, key: bytes, nbytes: int, spare: bool = False) -> Reservation | None:
         """Room for a record of at most nbytes; None if it cannot be made, or if the key is there already.
 
         Several may write the same key: the first to commit wins, the others' commits are True and change nothing.
@@ -155,19 +159,26 @@ class HostStore(Store):
         with self._lock:
             if self._closed or key in self._shelf.slots:
                 return None
-        slot = self._make_room(nbytes)
+        slot = self._make_room(nbytes, spare)
         if slot == NONE:
             return None
         offset = self._offset(slot)
         return Reservation(self, key, slot, offset, self._view[offset : offset + nbytes])
 
     def get(self, key: bytes) -> Lease | None:
+        return self._look(key, 1)
+
+    def peek(self, key: bytes) -> Lease | None:
+        """As ``get``, but a miss is not counted: for what need not be here."""
+        return self._look(key, 0)
+
+    def _look(self, key: bytes, miss: int) -> Lease | None:
         with self._lock:
             self._sweep()
             shelf = self._shelf
             slot = NONE if self._closed else shelf.slots.get(key, NONE)
             if slot == NONE:
-                self._counts["misses"] += 1
+                self._counts["misses"] += miss
                 return None
             self._counts["hits"] += 1
             shelf.pin(slot)
@@ -202,6 +213,18 @@ class HostStore(Store):
                 self._shelf.drop(slot)
                 self._shelf.unpin(slot)
 
+    @property
+    def spare_bytes(self) -> int:
+        """What spare records have."""
+        with self._lock:
+            return self._shelf.spare_bytes
+
+    @property
+    def spare_room(self) -> int:
+        """Bytes that spare records have or could have, if they left no crumbs."""
+        with self._lock:
+            return self._shelf.extents.free * UNIT_BYTES + self._shelf.spare_bytes
+
     def stats(self) -> StoreStats:
         with self._lock:
             self._sweep()
@@ -217,7 +240,7 @@ class HostStore(Store):
             self._closed = True
         return True
 
-    def _make_room(self, nbytes: int) -> int:
+    def _make_room(self, nbytes: int, spare: bool) -> int:
         """A pinned slot, or NONE. Where leases leave no stretch of that length, no more than an eighth is evicted."""
         shelf = self._shelf
         units = shelf.units(nbytes)
@@ -225,21 +248,21 @@ class HostStore(Store):
         while True:
             with self._lock:
                 self._sweep()
-                slot = shelf.take(nbytes)
+                slot = shelf.take(nbytes, spare)
                 if slot == NONE and shelf.extents.free >= max(units, shelf.extents.units // COMPACT_FROM):
                     self._slide_together(units)
-                    slot = shelf.take(nbytes)
+                    slot = shelf.take(nbytes, spare)
                 if slot != NONE:
                     return slot
-                victim = shelf.oldest()
+                victim = shelf.oldest(spare_only=spare)
                 if victim == NONE or patience <= 0 or units > shelf.extents.units:
-                    self._counts["refused"] += 1
+                    self._counts["refused"] += not spare
                     return NONE
-                key = shelf.keys[victim]
+                key, lasting = shelf.keys[victim], not shelf.spare[victim]
                 shelf.drop(victim)
-                self._counts["evictions"] += 1
-                patience -= shelf.extents.length[victim]
-                if self.on_evicted is None:
+                self._counts["evictions"] += lasting
+                patience -= shelf.extents.length[victim] * lasting
+                if self.on_evicted is None or not lasting:
                     shelf.unpin(victim)
                     continue
                 offset, size = self._offset(victim), shelf.nbytes[victim]

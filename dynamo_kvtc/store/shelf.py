@@ -2,7 +2,8 @@
 
 An entry is a slot: the number of its (first) block in ``Extents``. Recency is a linked list through arrays, a key costs
 one place in a dict: 190 bytes a record in all, its key of 32 bytes included (measured at a million). Pinned entries are
-not in the list: the oldest entry is always free to go, in O(1). Not thread-safe: its owner has the lock.
+not in the list: the oldest entry is always free to go, in O(1). Entries may be *spare*: what can be missed best, with
+a list of their own. Not thread-safe: its owner has the lock.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ class Shelf:
 
     def reset(self) -> None:
         self.slots: dict[bytes, int] = {}
-        self.record_bytes = 0
+        self.record_bytes = self.spare_bytes = 0
         self.keys: list[bytes | None] = []
         self.nbytes = array("I")
         self.pins = array("I")
+        self.spare = array("B")
         self._more: dict[int, list[int]] = {}
         self._older, self._newer = array("i"), array("i")
-        self._oldest = self._newest = NONE
+        # Of the lasting entries, of the spare ones.
+        self._oldest, self._newest = [NONE, NONE], [NONE, NONE]
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -46,7 +49,7 @@ class Shelf:
     def units(self, nbytes: int) -> int:
         return -(-nbytes // self.unit_bytes)
 
-    def take(self, nbytes: int) -> int:
+    def take(self, nbytes: int, spare: bool = False) -> int:
         """Room for a record: a slot, pinned once, without a key; NONE if there is no such room."""
         units = self.units(nbytes)
         slot = self.extents.take(units)
@@ -57,7 +60,7 @@ class Shelf:
             if slot == NONE:
                 return NONE
         self._grow()
-        self.nbytes[slot], self.pins[slot], self.keys[slot] = nbytes, 1, None
+        self.nbytes[slot], self.pins[slot], self.keys[slot], self.spare[slot] = nbytes, 1, None, spare
         return slot
 
     def places(self, slot: int) -> list[tuple[int, int]]:
@@ -75,6 +78,7 @@ class Shelf:
         self.slots[key] = slot
         self.keys[slot] = key
         self.record_bytes += self.nbytes[slot]
+        self.spare_bytes += self.nbytes[slot] * self.spare[slot]
 
     def adopt(self, entries: list[tuple[bytes, int, list[tuple[int, int]]]]) -> list[int]:
         """From scratch: (key, nbytes, [(start, length) in units]), oldest first; slots, NONE for one that cannot be."""
@@ -96,7 +100,7 @@ class Shelf:
             slot = own[0]
             if len(own) > 1:
                 self._more[slot] = own[1:]
-            self.nbytes[slot], self.pins[slot] = nbytes, 1
+            self.nbytes[slot], self.pins[slot], self.spare[slot] = nbytes, 1, False
             self.name(slot, key)
             self.unpin(slot)
             out.append(slot)
@@ -131,14 +135,15 @@ class Shelf:
         del self.slots[key]
         self.keys[slot] = None
         self.record_bytes -= self.nbytes[slot]
+        self.spare_bytes -= self.nbytes[slot] * self.spare[slot]
 
-    def oldest(self) -> int:
-        """The least recently used slot that nobody looks at, or NONE."""
-        return self._oldest
+    def oldest(self, spare_only: bool = False) -> int:
+        """The least recently used slot that nobody looks at, a spare one before all others, or NONE."""
+        return self._oldest[1] if spare_only or self._oldest[1] != NONE else self._oldest[0]
 
     def by_age(self) -> list[int]:
-        """Slots in the list, the oldest first."""
-        out, slot = [], self._oldest
+        """Lasting slots in the list, the oldest first."""
+        out, slot = [], self._oldest[0]
         while slot != NONE:
             out.append(slot)
             slot = self._newer[slot]
@@ -172,24 +177,27 @@ class Shelf:
             self.keys.extend([None] * lacking)
             for table in (self.nbytes, self.pins):
                 table.extend([0] * lacking)
+            self.spare.extend([0] * lacking)
             for links in (self._older, self._newer):
                 links.extend([NONE] * lacking)
 
     def _link(self, slot: int) -> None:
-        self._older[slot], self._newer[slot] = self._newest, NONE
-        if self._newest != NONE:
-            self._newer[self._newest] = slot
+        which = self.spare[slot]
+        newest = self._newest[which]
+        self._older[slot], self._newer[slot] = newest, NONE
+        if newest != NONE:
+            self._newer[newest] = slot
         else:
-            self._oldest = slot
-        self._newest = slot
+            self._oldest[which] = slot
+        self._newest[which] = slot
 
     def _unlink(self, slot: int) -> None:
-        older, newer = self._older[slot], self._newer[slot]
+        which, older, newer = self.spare[slot], self._older[slot], self._newer[slot]
         if older != NONE:
             self._newer[older] = newer
         else:
-            self._oldest = newer
+            self._oldest[which] = newer
         if newer != NONE:
             self._older[newer] = older
         else:
-            self._newest = older
+            self._newest[which] = older

@@ -23,6 +23,7 @@ from dynamo_kvtc.tier.estimate import Estimate
 from dynamo_kvtc.tier.identity import EngineCache, KeySpace, point_of, policy_of
 from dynamo_kvtc.tier.metrics import TierMetrics
 from dynamo_kvtc.tier.options import TierOptions, check_memory, disk_folder
+from dynamo_kvtc.tier.overlay import WINDOW_TOKENS, Overlay
 from dynamo_kvtc.tier.pages import Pages
 from dynamo_kvtc.tier.tier import Tier
 from dynamo_kvtc.tier.transcode import Transcoder
@@ -45,11 +46,12 @@ def open_tier(
     engine.check(artifact)
     point, policy = point_of(artifact, options.point), policy_of(options.exact, options.sinks)
     raw = engine.block_tokens * artifact.shape.bytes_per_token
-    if options.exact == "all" and raw + _HEADER_BYTES > MAX_RECORD_BYTES:
+    fits = raw + _HEADER_BYTES <= MAX_RECORD_BYTES
+    if not fits and (options.exact == "all" or options.window):
         most = (MAX_RECORD_BYTES - _HEADER_BYTES) // artifact.shape.bytes_per_token
         raise ConfigError(
-            f"exact is 'all' and a block of {engine.block_tokens} tokens has {raw} bytes; a record holds "
-            f"{MAX_RECORD_BYTES}: set the engine's block size to {most} tokens or fewer"
+            f"exact is {options.exact!r}, window {options.window or 0} and a block of {engine.block_tokens} tokens has "
+            f"{raw} bytes; a record holds {MAX_RECORD_BYTES}: set the engine's block size to {most} tokens or fewer"
         )
     check_memory(options)
     cpu_codec = BlockCodec(artifact, point, policy)
@@ -70,10 +72,12 @@ def open_tier(
     if options.disk_bytes:
         disk = DiskStore(disk_folder(options, engine.tp_rank), options.disk_bytes, read_seconds=options.read_seconds)
     store = TieredStore(host, disk, options.write_through, options.promote_on, on_moved, on_removed)
+    window = 0 if options.exact == "all" or not fits else WINDOW_TOKENS if options.window is None else options.window
+    exact_keys = KeySpace(engine, artifact, point, policy_of("all", options.sinks))
     return Tier(
         KeySpace(engine, artifact, point, policy), store, transcoder, metrics,
         Admission(options.min_tokens, options.store_on_use), Estimate(options.prefill_tokens_per_second),
-        options.queue_bytes,
+        options.queue_bytes, Overlay(host, exact_keys, metrics, window, raw + _HEADER_BYTES),
     )  # fmt: skip
 
 

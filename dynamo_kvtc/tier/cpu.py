@@ -38,11 +38,12 @@ class CpuTranscoder:
     def encode(self, staged: Staged, put: Put) -> tuple[list[bool], list[int], ExactCounts]:
         blocks, k, v = staged
         positions = torch.cat([torch.arange(b.first_position, b.first_position + self.block_tokens) for b in blocks])
-        encoded = self._codec.encode_blocks(k, v, positions, block_tokens=self.block_tokens)
+        whole = torch.tensor([b.exact for b in blocks]).repeat_interleave(self.block_tokens)
+        exact = whole | (positions < self._codec.policy.sinks)
+        encoded = self._codec.encode_blocks(k, v, positions, exact, self.block_tokens)
         stored = [put(block.key, e.record) for block, e in zip(blocks, encoded, strict=True)]
-        total = ExactCounts(
-            *(sum(getattr(e.exact, name) for e in encoded) for name in ("policy", "nonfinite", "error_bound"))
-        )
+        counts = [e.exact for block, e in zip(blocks, encoded, strict=True) if not block.exact]
+        total = ExactCounts(*(sum(getattr(c, name) for c in counts) for name in ("policy", "nonfinite", "error_bound")))
         return stored, [len(e.record) for e in encoded], total
 
     def promise(

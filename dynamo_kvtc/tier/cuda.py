@@ -71,7 +71,7 @@ class CudaTranscoder:
             part = waiting.pop(0)
             try:
                 with self._on(self._streams[0], fence):
-                    encoded = self._codec.encode(self._blocks(part), self._out, 0)
+                    encoded = self._codec.encode(self._blocks(part, encoding=True), self._out, 0)
                     encoded.finish()
             except ConfigError:
                 # Records that code badly, or are exact by policy, may need more room than all of them have.
@@ -84,8 +84,9 @@ class CudaTranscoder:
             for block, at, size in zip(part, encoded.offsets, encoded.sizes, strict=True):
                 stored.append(put(block.key, data[int(at) : int(at) + int(size)]))
                 sizes.append(int(size))
-            policy += int((encoded.exact & encoded.asked).sum())
-            unfit += int((encoded.exact & ~encoded.asked).sum())
+            coded = ~np.repeat([block.exact for block in part], self.block_tokens)
+            policy += int((encoded.exact & encoded.asked & coded).sum())
+            unfit += int((encoded.exact & ~encoded.asked & coded).sum())
         return stored, sizes, ExactCounts(policy, 0, unfit)
 
     def promise(
@@ -169,12 +170,16 @@ class CudaTranscoder:
             if status:
                 out[i] = RecordCorruptError(f"the GPU found the record bad (status {status})")
 
-    def _blocks(self, blocks: Sequence[Block]) -> Blocks:
+    def _blocks(self, blocks: Sequence[Block], encoding: bool = False) -> Blocks:
         n = self.block_tokens
         ids = torch.tensor([b.block_id for b in blocks], dtype=torch.int64)
         first = torch.tensor([b.first_position for b in blocks], dtype=torch.int64)
         step = torch.arange(n)
-        return Blocks.uniform((ids[:, None] * n + step).reshape(-1), (first[:, None] + step).reshape(-1), n)
+        positions, exact = (first[:, None] + step).reshape(-1), None
+        if encoding and any(b.exact for b in blocks):
+            whole = torch.tensor([b.exact for b in blocks]).repeat_interleave(n)
+            exact = whole | (positions < self._codec.policy.sinks)
+        return Blocks.uniform((ids[:, None] * n + step).reshape(-1), positions, n, exact)
 
     @contextmanager
     def _on(self, stream: Any, fence: Any) -> Iterator[None]:

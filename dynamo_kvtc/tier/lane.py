@@ -79,6 +79,7 @@ class Lane:
             self._lock.notify_all()
             self._lock.wait_for(lambda: not self._jobs and not self._running, timeout)
             dropped, self._jobs = list(self._jobs), deque()
+            self._cost -= sum(job.cost for job in dropped)
         for job in dropped:
             self._failed(job, Closed())
         self._thread.join(max(0.0, deadline - time.monotonic()) + 0.05)

@@ -14,6 +14,8 @@
 | kvtc_used_bytes, kvtc_budget_bytes, kvtc_records | tier | occupancy |
 | kvtc_evictions_total, kvtc_refused_records_total | tier | a full tier's answer |
 | kvtc_exact_tokens_total | reason (policy, nonfinite, error_bound) | tokens stored bit-exact |
+| kvtc_overlay_blocks_total | result (stored, no_room, hit, moved_on) | exact records beside coded ones |
+| kvtc_overlay_bytes | | what they take of the host |
 | kvtc_errors_total | kind | what went wrong; kinds of a store start with its tier |
 
 Histograms are in seconds. ``sink`` hears of every change, for engines that carry numbers in their own way.
@@ -37,6 +39,7 @@ COUNTERS: dict[str, tuple[str, ...]] = {
     "kvtc_evictions": ("tier",),
     "kvtc_refused_records": ("tier",),
     "kvtc_exact_tokens": ("reason",),
+    "kvtc_overlay_blocks": ("result",),
     "kvtc_errors": ("kind",),
 }
 GAUGES: dict[str, tuple[str, ...]] = {
@@ -45,6 +48,7 @@ GAUGES: dict[str, tuple[str, ...]] = {
     "kvtc_used_bytes": ("tier",),
     "kvtc_budget_bytes": ("tier",),
     "kvtc_records": ("tier",),
+    "kvtc_overlay_bytes": (),
 }
 HISTOGRAMS: dict[str, tuple[str, ...]] = {
     "kvtc_encode_seconds": (),

@@ -20,6 +20,8 @@ WEIGHTS = "verify"
 class TierOptions:
     """artifact: path of the calibration artifact; point: its operating point (default: its only one).
     exact: "sinks" stores the first ``sinks`` tokens of a sequence bit-exact, "all" every token (nothing is lost).
+    window: tokens at a sequence's end that are kept bit-exact beside their coded records while the host has memory that
+        nothing else wants (0: none). None: 128 where an adapter knows where a sequence ends and a record holds a block.
     host_gib, disk_gib: hard budgets, at least one above 0; disk_path: a folder of this process alone.
     write_through: what is stored goes to disk at once, so that a restart finds it; else only what leaves the host does.
     promote_on: 1 or 2, the hit on disk that brings a record to the host.
@@ -35,6 +37,7 @@ class TierOptions:
     point: str | None = None
     exact: str = "sinks"
     sinks: int = 4
+    window: int | None = None
     host_gib: float = 0.0
     disk_gib: float = 0.0
     disk_path: str | None = None
@@ -64,6 +67,11 @@ class TierOptions:
             )
         if not self.host_gib and not self.disk_gib:
             raise ConfigError("host_gib and disk_gib are both 0: give the tier memory, disk or both")
+        if self.window and (not self.host_gib or self.exact == "all"):
+            raise ConfigError(
+                f"window is {self.window}, host_gib {self.host_gib:g} and exact {self.exact!r}: exact copies are kept "
+                "in host memory, beside coded records: give the host memory, or set window to 0"
+            )
         if bool(self.disk_gib) != (self.disk_path is not None):
             raise ConfigError(
                 f"disk_gib is {self.disk_gib:g} and disk_path is {self.disk_path!r}: a disk tier needs both, no disk "
@@ -85,12 +93,14 @@ class TierOptions:
 
 _KINDS: dict[str, type] = {
     "artifact": str, "point": str, "exact": str, "disk_path": str, "weights": str, "write_through": bool,
-    "sinks": int, "promote_on": int, "queue_mib": int, "min_tokens": int, "store_on_use": int, "host_gib": float,
-    "disk_gib": float, "prefill_tokens_per_second": float, "read_seconds": float, "close_seconds": float,
+    "sinks": int, "window": int, "promote_on": int, "queue_mib": int, "min_tokens": int, "store_on_use": int,
+    "host_gib": float, "disk_gib": float, "prefill_tokens_per_second": float, "read_seconds": float,
+    "close_seconds": float,
 }  # fmt: skip
-_OPTIONAL = ("point", "disk_path", "prefill_tokens_per_second")
+_OPTIONAL = ("point", "window", "disk_path", "prefill_tokens_per_second")
 _RANGES: dict[str, tuple[float, float, str]] = {
-    "sinks": (0, 1024, " tokens"), "host_gib": (0, 1 << 20, " GiB"), "disk_gib": (0, 1 << 20, " GiB"),
+    "sinks": (0, 1024, " tokens"), "window": (0, 1 << 16, " tokens"), "host_gib": (0, 1 << 20, " GiB"),
+    "disk_gib": (0, 1 << 20, " GiB"),
     "promote_on": (1, 2, ""), "queue_mib": (1, 1 << 20, " MiB"), "min_tokens": (0, 1 << 24, " tokens"),
     "store_on_use": (1, 16, " uses"), "prefill_tokens_per_second": (1, 1e9, ""), "read_seconds": (0.01, 60, " s"),
     "close_seconds": (0.1, 600, " s"),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from dynamo_kvtc.store.tiered import TieredStore
@@ -24,6 +24,7 @@ from dynamo_kvtc.tier.estimate import Estimate
 from dynamo_kvtc.tier.identity import KeySpace
 from dynamo_kvtc.tier.lane import Lane
 from dynamo_kvtc.tier.metrics import TierMetrics
+from dynamo_kvtc.tier.overlay import Overlay
 from dynamo_kvtc.tier.transcode import Block, Promise, Transcoder
 from dynamo_kvtc.tier.work import Work
 
@@ -42,11 +43,13 @@ class Tier:
     def __init__(
         self, keys: KeySpace, store: TieredStore, transcoder: Transcoder, metrics: TierMetrics,
         admission: Admission | None = None, estimate: Estimate | None = None, queue_bytes: int = 512 << 20,
+        overlay: Overlay | None = None,
     ) -> None:  # fmt: skip
         self.keys, self.transcoder, self.metrics = keys, transcoder, metrics
         self._store = store
         self._admission, self._estimate = admission or Admission(), estimate or Estimate(None)
-        self._work = Work(store, transcoder, metrics, self._estimate)
+        self._overlay = overlay or Overlay(None, keys, metrics, 0, transcoder.raw_block_bytes)
+        self._work = Work(store, transcoder, metrics, self._estimate, self._overlay)
         self._encode, self._load = Lane("encode", queue_bytes), Lane("load", LOADS_WAITING)
         self._lock = threading.Lock()
         self._coming: set[bytes] = set()
@@ -55,6 +58,11 @@ class Tier:
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def window(self) -> int:
+        """Tokens at a sequence's end that ``store`` may be told of as its tail; 0: it makes nothing of them."""
+        return self._overlay.tokens
 
     def key(self, block_hash: bytes) -> bytes:
         """Of the engine's block hash, which is chained over the tokens before it."""
@@ -108,19 +116,24 @@ class Tier:
 
     def store(
         self, blocks: Sequence[Block], done: Failed | None = None, free: Callable[[], None] | None = None,
-        fence: Any = None,
+        fence: Any = None, tail: Collection[bytes] = (),
     ) -> bool:  # fmt: skip
         """On the engine's thread. False if refused: the queue is full, or it is closed; then nothing is called.
 
         free: called once, from any thread, when the pages are no longer read (where they are copied, before this
-        returns); done: when the records are where they belong, with the keys of those that are not.
+        returns); done: when the records are where they belong, with the keys of those that are not. tail: keys of the
+        blocks within the last ``window`` tokens of their sequence: if there is room for it, a record with every token
+        exact is kept beside the coded one, until ``moved_on``.
         """
-        cost = len(blocks) * self.transcoder.raw_block_bytes
         free, done = _safely(free), _safely(done)
         if not self.has_room(len(blocks)):
             return False
+        more = self._overlay.of(blocks, tail)
+        cost = (len(blocks) + len(more)) * self.transcoder.raw_block_bytes
+        if not self._encode.has_room(cost):
+            cost, more = len(blocks) * self.transcoder.raw_block_bytes, []
         try:
-            staged = self.transcoder.stage(blocks, fence)
+            staged = self.transcoder.stage([*blocks, *more], fence)
         except Exception as exc:
             self._work.store_failed(blocks, exc)
             free()
@@ -199,8 +212,13 @@ class Tier:
 
     def forget(self, keys: Sequence[bytes]) -> None:
         """They are not held any more; promises live on."""
+        self._overlay.forget(keys)
         for key in keys:
             self._store.remove(key)
+
+    def moved_on(self, keys: Iterable[bytes]) -> None:
+        """These blocks are no tail any more: their sequence was stored past the window. Coded records stay."""
+        self._overlay.moved_on(keys)
 
     def demote(self, pairs: Sequence[tuple[bytes, bytes]], done: Failed) -> bool:
         """Copies host records (first keys) to disk under other keys (second). False if refused."""
@@ -223,6 +241,7 @@ class Tier:
     def refresh(self) -> None:
         """Brings occupancy, evictions and stores' errors in ``metrics`` up to date."""
         tiers = {name: tier.stats() for name, tier in (("host", self._store.host), ("disk", self._store.disk)) if tier}
+        self._overlay.refresh()
         self.metrics.refresh(tiers, {"encode": self._encode.waiting_cost, "load": self._load.waiting_cost})
 
     def flush(self, timeout: float = 10.0) -> bool:

@@ -12,18 +12,20 @@ from dynamo_kvtc.store import Lease
 
 @dataclass(frozen=True)
 class Block:
-    """A whole block of the engine's pages. key: of its record; first_position: of its first token in the sequence."""
+    """A whole block of the engine's pages. key: of its record; first_position: of its first token in the sequence;
+    exact: whether every token is to be stored bit-exact (the tier's own wish: an overlay)."""
 
     key: bytes
     block_id: int
     first_position: int
+    exact: bool = False
 
 
 @dataclass
 class Promise:
     """A record that has been read and found sound, kept until it is in pages: ``release`` lets it go.
 
-    tier: where it was; coded_bytes: its length; held: the side's own.
+    tier: where it was; coded_bytes: its length; held: the side's own; exact: whether it is the overlay's record.
     """
 
     key: bytes
@@ -31,6 +33,7 @@ class Promise:
     coded_bytes: int
     held: Any
     let_go: Callable[[], None] | None = None
+    exact: bool = False
 
     def release(self) -> None:
         """Again is no error."""
@@ -61,7 +64,8 @@ class Transcoder(Protocol):
         ...
 
     def encode(self, staged: Any, put: Put) -> tuple[list[bool], list[int], ExactCounts]:
-        """Records of the blocks handed to ``put`` in turn: what it said, their lengths, exact tokens by reason."""
+        """Records of the blocks handed to ``put`` in turn: what it said, their lengths, exact tokens by reason (those
+        of exact blocks are not counted)."""
         ...
 
     def promise(

@@ -13,19 +13,29 @@ from dynamo_kvtc.store.tiered import TieredStore
 from dynamo_kvtc.tier.estimate import Estimate
 from dynamo_kvtc.tier.lane import Closed, TooLate
 from dynamo_kvtc.tier.metrics import TierMetrics
+from dynamo_kvtc.tier.overlay import Overlay
 from dynamo_kvtc.tier.transcode import Block, Promise, Transcoder
 
 log = logging.getLogger(__name__)
 
 
 class Work:
-    def __init__(self, store: TieredStore, transcoder: Transcoder, metrics: TierMetrics, estimate: Estimate) -> None:
+    def __init__(
+        self, store: TieredStore, transcoder: Transcoder, metrics: TierMetrics, estimate: Estimate, overlay: Overlay
+    ) -> None:  # fmt: skip
         self._store, self.transcoder, self.metrics, self._estimate = store, transcoder, metrics, estimate
+        self._overlay = overlay
 
     def encode(self, blocks: Sequence[Block], staged: Any) -> list[bytes]:
-        """Keys that are not stored."""
+        """Keys that are not stored. staged: of the blocks, and after them of their exact copies."""
         began = time.monotonic()
-        stored, sizes, exact = self.transcoder.encode(staged, self._store.put)
+        ours = {b.key for b in blocks}
+
+        def put(key: bytes, record: memoryview | bytes) -> bool:
+            return self._store.put(key, record) if key in ours else self._overlay.put(key, record)
+
+        stored, sizes, exact = self.transcoder.encode(staged, put)
+        stored, sizes = stored[: len(blocks)], sizes[: len(blocks)]
         m = self.metrics
         m.observe("kvtc_encode_seconds", time.monotonic() - began)
         m.count("kvtc_raw_bytes", len(blocks) * self.transcoder.raw_block_bytes, "in")
@@ -38,6 +48,16 @@ class Work:
 
     def promise(self, keys: Sequence[bytes], prove: bool) -> dict[bytes, Promise]:
         """The sound ones."""
+        out = self._proven([(key, lease, "host") for key, lease in self._overlay.get_many(keys)], prove, True)
+        self.metrics.count("kvtc_overlay_blocks", len(out), "hit")
+        try:
+            return out | self._promise_coded([key for key in keys if key not in out], prove)
+        except BaseException:
+            for promise in out.values():
+                promise.release()
+            raise
+
+    def _promise_coded(self, keys: Sequence[bytes], prove: bool) -> dict[bytes, Promise]:
         leases: list[tuple[bytes, Lease, str]] = []
         for tier, wanted in self._by_tier(keys).items():
             began = time.monotonic()
@@ -47,23 +67,31 @@ class Work:
             self.metrics.observe("kvtc_fetch_seconds", seconds, tier)
             self._estimate.note_fetch(tier, len(wanted) * self.transcoder.block_tokens, seconds)
             leases += there
-        missing = len(keys) - len(leases)
-        self.metrics.count("kvtc_lookup_blocks", missing, "miss", "none")
+        self.metrics.count("kvtc_lookup_blocks", len(keys) - len(leases), "miss", "none")
+        return self._proven(leases, prove, False)
+
+    def _proven(self, leases: Sequence[tuple[bytes, Lease, str]], prove: bool, exact: bool) -> dict[bytes, Promise]:
+        """exact: whether they are the overlay's: then one that is bad is no miss, for there is the coded record."""
         if not leases:
             return {}
         began = time.monotonic()
-        proven = self.transcoder.promise(
-            [k for k, _, _ in leases], [x for _, x, _ in leases], [t for _, _, t in leases], prove
-        )
+        try:
+            proven = self.transcoder.promise(
+                [k for k, _, _ in leases], [x for _, x, _ in leases], [t for _, _, t in leases], prove
+            )
+        except BaseException:
+            # Not left to the collector: whoever keeps the traceback would keep the records from being moved.
+            for _, lease, _ in leases:
+                lease.release()
+            raise
         seconds = time.monotonic() - began
         out: dict[bytes, Promise] = {}
         for (key, _, tier), promise in zip(leases, proven, strict=True):
             if isinstance(promise, Exception):
-                # Damaged in memory: it would be found damaged for ever.
-                self.error(promise, "record")
-                self._store.remove(key)
-                self.metrics.count("kvtc_lookup_blocks", 1, "miss", tier)
+                self._bad(key, promise, exact)
+                self.metrics.count("kvtc_lookup_blocks", not exact, "miss", tier)
             else:
+                promise.exact = exact
                 out[key] = promise
                 self.metrics.count("kvtc_lookup_blocks", 1, "hit", tier)
         if self.transcoder.staged_is_free:
@@ -90,10 +118,9 @@ class Work:
         finally:
             for _, promise in found:
                 promise.release()
-        for (block, _), error in zip(found, errors, strict=True):
+        for (block, promise), error in zip(found, errors, strict=True):
             if error is not None:
-                self.error(error, "record")
-                self._store.remove(block.key)
+                self._bad(block.key, error, promise.exact)
         if not self.transcoder.staged_is_free and loaded:
             self.metrics.observe("kvtc_decode_seconds", seconds)
             self._estimate.note_decode(len(loaded) * self.transcoder.block_tokens, seconds)
@@ -103,6 +130,14 @@ class Work:
         self.metrics.count("kvtc_loaded_blocks", len(blocks) - len(loaded), "failed")
         good = {block.key for block, _ in loaded}
         return [block.key for block in blocks if block.key not in good]
+
+    def _bad(self, key: bytes, why: Exception, exact: bool) -> None:
+        """Damaged in memory: it would be found damaged for ever."""
+        self.error(why, "record")
+        if exact:
+            self._overlay.forget([key])
+        else:
+            self._store.remove(key)
 
     def demote(self, source: bytes, target: bytes) -> bool:
         host, disk = self._store.host, self._store.disk

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import threading
 
 import pytest
 
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.store import MAX_RECORD_BYTES, Store, StoreStats
 from tests.store.stores import STORES, key_of, record_of, size_of
+from tests.threads import hammer
 
 
 @pytest.fixture(params=list(STORES))
@@ -182,34 +182,22 @@ def test_after_close_it_refuses_quietly(store):
 
 def test_threads_at_once(store):
     """Every record read is the one its key means, whatever else happens; nothing raises."""
-    wrong: list[object] = []
     records = [record_of(i, 500 + 97 * i) for i in range(150)]
 
     def work(seed: int) -> None:
         rng = random.Random(seed)
-        try:
-            for _ in range(250):
-                i = rng.randrange(150)
-                what = rng.random()
-                if what < 0.4:
-                    store.put(key_of(i), records[i])
-                elif what < 0.9:
-                    lease = store.get(key_of(i))
-                    if lease is not None:
-                        with lease:
-                            if lease.record != records[i]:
-                                wrong.append(i)
-                elif what < 0.95:
-                    store.remove(key_of(i))
-                else:
-                    store.touch([key_of(i)])
-        except Exception as exc:
-            wrong.append(exc)
+        for _ in range(250):
+            i = rng.randrange(150)
+            what = rng.random()
+            if what < 0.4:
+                store.put(key_of(i), records[i])
+            elif what < 0.9:
+                found = taken(store, key_of(i))
+                assert found is None or found == records[i]
+            elif what < 0.95:
+                store.remove(key_of(i))
+            else:
+                store.touch([key_of(i)])
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not wrong
+    hammer(work, 6)
     assert not store.stats().errors

@@ -221,15 +221,18 @@ def test_arenas_that_cannot_be():
 
 
 class HostModel(RuleBasedStateMachine):
-    """Against a dict in order of use: the same records; whatever is missing was the least recently used."""
+    """Against a dict in order of use: the same records; whatever is missing was the least recently used. Spare records
+    go silently, but before any other, and never for one of their own a lasting one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.store = HostStore(bytearray([POISON]) * (256 << 10), self.evicted)
         self.model: OrderedDict[bytes, bytes] = OrderedDict()
         self.leases: list[tuple[bytes, bytes, object]] = []
+        self.spare: dict[bytes, bytes] = {}
 
     def evicted(self, key: bytes, lease) -> None:
+        assert self.store._shelf.oldest(spare_only=True) < 0, "a spare record could have gone"
         held = {k for k, _, _ in self.leases}
         oldest = next(k for k in self.model if k not in held)
         assert key == oldest
@@ -254,6 +257,14 @@ class HostModel(RuleBasedStateMachine):
                 self.model[key] = record_of(size, actual)
             else:
                 room.abort()
+
+    @rule(key=st.integers(100, 120).map(key_of), size=st.integers(1, 30_000))
+    def put_spare(self, key, size):
+        before = dict(self.model)
+        known = self.store.contains(key)
+        if self.store.put(key, record_of(size, size), spare=True) and not known:
+            self.spare[key] = record_of(size, size)
+        assert self.model == before
 
     @rule(key=keys)
     def get(self, key):
@@ -288,12 +299,18 @@ class HostModel(RuleBasedStateMachine):
     def clear(self):
         self.store.clear()
         self.model.clear()
+        self.spare.clear()
 
     @invariant()
     def the_same(self):
         stats = self.store.stats()
-        assert stats.entries == len(self.model)
-        assert stats.record_bytes == sum(map(len, self.model.values()))
+        self.spare = {key: record for key, record in self.spare.items() if self.store.contains(key)}
+        assert stats.entries == len(self.model) + len(self.spare)
+        assert self.store.spare_bytes == sum(map(len, self.spare.values()))
+        assert stats.record_bytes == sum(map(len, self.model.values())) + self.store.spare_bytes
+        for key, record in self.spare.items():
+            with self.store.peek(key) as lease:
+                assert lease.record == record
         assert stats.record_bytes <= stats.used_bytes + 0
         assert stats.used_bytes <= stats.budget_bytes
         assert not stats.errors

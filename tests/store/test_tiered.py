@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from dynamo_kvtc.store.disk_file import DataFile
 from dynamo_kvtc.store.host import HostStore
 from dynamo_kvtc.store.tiered import TieredStore
 from tests.store.stores import MIB, disk, host, key_of, record_of
+from tests.threads import hammer
 
 
 @pytest.fixture
@@ -146,30 +146,21 @@ def test_tiers_that_cannot_be():
 def test_threads_move_things_up_and_down(tiers, write_through):
     """Between tiers and threads a record may be missed; never mistaken. At rest, events and tiers agree."""
     events: list = []
-    store, wrong = tiers(host_bytes=300_000, events=events, write_through=write_through), []
+    store = tiers(host_bytes=300_000, events=events, write_through=write_through)
     records = [record_of(i, 3000 + 211 * i) for i in range(100)]
 
     def work(seed: int) -> None:
         rng = random.Random(seed)
-        try:
-            for _ in range(200):
-                i = rng.randrange(100)
-                lease = store.get(key_of(i))
-                if lease is None:
-                    store.put(key_of(i), records[i])
-                    continue
-                with lease:
-                    if lease.record != records[i]:
-                        wrong.append(i)
-        except Exception as exc:
-            wrong.append(exc)
+        for _ in range(200):
+            i = rng.randrange(100)
+            lease = store.get(key_of(i))
+            if lease is None:
+                store.put(key_of(i), records[i])
+                continue
+            with lease:
+                assert lease.record == records[i]
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not wrong
+    hammer(work, 5)
     assert store.flush()
     assert store.host.stats().evictions > 0
     assert not store.stats().errors

@@ -17,7 +17,7 @@ from dynamo_kvtc.tier.pages import StridedPages
 from dynamo_kvtc.tier.transcode import Block
 from dynamo_kvtc.types import KVShape
 from tests.builders import case_seed, make_artifact, random_kv, same_bits
-from tests.tier.parts import BLOCK_TOKENS, MIB_OF_GIB, POISON, Engine, load, promise, store
+from tests.tier.parts import BLOCK_TOKENS, MIB_OF_GIB, POISON, Answer, Engine, load, promise, store
 
 SHAPE = KVShape(2, 1, 64, "bfloat16")
 LIMITS = PagedLimits(encode_tokens=16, decode_tokens=16, record_bytes=1 << 20)
@@ -100,6 +100,38 @@ def test_exact_records_bit_for_bit_and_more_than_fits_the_scratch(engine):
     assert load(tier, blocks) == []
     for got, want in zip(engine.pages.read([b.block_id for b in blocks]), engine.original(blocks), strict=True):
         assert same_bits(got, want)
+    tier.close()
+
+
+def test_the_tail_is_exact_beside_the_same_coded_records(engine):
+    tier = engine.tier()
+    blocks = engine.sequence(tier, 4)
+    done = Answer()
+    assert tier.store(blocks, done, tail={b.key for b in blocks[2:]})
+    assert done.get() == []
+    k, v = engine.original(blocks)
+    codec = BlockCodec(engine.artifact, "fine", ExactPolicy())
+    wanted = codec.encode_blocks(k, v, torch.arange(4 * BLOCK_TOKENS), block_tokens=BLOCK_TOKENS)
+    for block, record in zip(blocks, wanted, strict=True):
+        with tier._store.get(block.key) as lease:
+            assert bytes(lease.record) == record.record
+    m = tier.metrics
+    assert m.value("kvtc_exact_tokens", "policy") == 4
+    assert m.value("kvtc_coded_bytes", "in") == sum(len(r.record) for r in wanted)
+    engine.wipe(range(engine.blocks))
+    assert load(tier, blocks) == []
+    assert m.value("kvtc_overlay_blocks", "stored") == m.value("kvtc_overlay_blocks", "hit") == 2
+    got, want = engine.pages.read([b.block_id for b in blocks[2:]]), engine.original(blocks[2:])
+    assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+    coded = engine.pages.read([b.block_id for b in blocks[:2]])
+    assert not same_bits(coded[0], engine.original(blocks[:2])[0])
+    # An exact record found bad by the GPU: the load fails, the coded record is taken the next time.
+    host = tier._store.host
+    with host.get(tier._overlay.key(blocks[3].key)) as lease:
+        host._view[lease.offset + len(lease) - 3] ^= 1
+    assert load(tier, blocks) == [blocks[3].key]
+    assert load(tier, blocks) == []
+    assert m.value("kvtc_overlay_blocks", "hit") == 2 + 2 + 1
     tier.close()
 
 

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.builders import case_seed, make_artifact, same_bits
+from tests.threads import hammer
 from tests.tier.parts import BLOCK_TOKENS, MIB_OF_GIB, POISON, SHAPE, Answer, Engine, load, promise, store
 
 
@@ -221,31 +222,21 @@ def test_many_threads_at_once(engine, folder):
     """Stores, loads, promises and removals from several threads: whatever is reported as loaded is what was stored."""
     tier = engine.tier(folder / "tier", exact="all", host_gib=0.03 * MIB_OF_GIB)
     blocks = engine.sequence(tier, 24)
-    wrong: list[object] = []
 
     def work(part):
-        try:
-            mine = blocks[part::3]
-            for turn in range(4):
-                if tier.store(mine, done := Answer()):
-                    done.get()
-                engine.wipe([b.block_id for b in mine])
-                failed = set(load(tier, mine))
-                good = [b for b in mine if b.key not in failed]
-                if good:
-                    got = engine.pages.read([b.block_id for b in good])
-                    if not all(same_bits(a, b) for a, b in zip(got, engine.original(good), strict=True)):
-                        wrong.append((part, turn))
-                for b in mine:
-                    engine.pages.write([b.block_id], *engine.original([b]))
-                tier.forget([mine[turn].key])
-        except BaseException as exc:
-            wrong.append(exc)
+        mine = blocks[part::3]
+        for turn in range(4):
+            if tier.store(mine, done := Answer()):
+                done.get()
+            engine.wipe([b.block_id for b in mine])
+            failed = set(load(tier, mine))
+            good = [b for b in mine if b.key not in failed]
+            if good:
+                got = engine.pages.read([b.block_id for b in good])
+                assert all(same_bits(a, b) for a, b in zip(got, engine.original(good), strict=True)), (part, turn)
+            for b in mine:
+                engine.pages.write([b.block_id], *engine.original([b]))
+            tier.forget([mine[turn].key])
 
-    threads = [threading.Thread(target=work, args=(part,)) for part in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert wrong == []
+    hammer(work, 3)
     assert tier.close()

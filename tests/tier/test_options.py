@@ -41,6 +41,9 @@ def test_defaults():
         ({"point": 16}, "point is 16; it must be a text"),
         ({"prefill_tokens_per_second": 0}, "prefill_tokens_per_second is 0"),
         ({"close_seconds": 0}, "close_seconds is 0"),
+        ({"window": -1}, "window is -1; it must be 0 to 65536 tokens"),
+        ({"window": 1.5}, "window is 1.5; it must be a whole number"),
+        ({"window": 8, "exact": "all"}, "or set window to 0"),
     ],
 )
 def test_what_is_refused(change, words):
@@ -101,3 +104,5 @@ def test_blocks_too_large_for_exact_records():
     engine.pages = None
     with pytest.raises(ConfigError, match="set the engine's block size to 63 tokens or fewer"):
         engine.tier(exact="all", engine={"block_tokens": 64})
+    with pytest.raises(ConfigError, match="exact is 'sinks', window 32 and a block of 64 tokens"):
+        engine.tier(window=32, engine={"block_tokens": 64})

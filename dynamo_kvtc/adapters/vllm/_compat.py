@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,11 @@ def sequence_tokens(context: Any) -> int | None:
     """Tokens of the request's whole blocks so far, its prompt's at least; None where the release does not say."""
     positions = getattr(context, "_offload_key_positions", None)
     return max(positions.values(), default=0) if positions is not None else None
+
+
+def end_positions(context: Any) -> Mapping[bytes, int]:
+    """Where the request's blocks end in its sequence; empty where the release does not say."""
+    return getattr(context, "_offload_key_positions", {})
 
 
 KNOWS_SEQUENCES = RELEASE >= (0, 31)

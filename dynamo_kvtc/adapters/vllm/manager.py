@@ -24,7 +24,7 @@ from vllm.v1.kv_offload.base import (
     RequestOffloadingContext,
 )
 
-from dynamo_kvtc.adapters.vllm._compat import end_position, medium, sequence_tokens
+from dynamo_kvtc.adapters.vllm._compat import end_position, end_positions, medium, sequence_tokens
 from dynamo_kvtc.adapters.vllm.shared import Shared
 from dynamo_kvtc.tier.transcode import Promise
 
@@ -46,10 +46,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class StoreKeys(LoadStoreSpec):
-    """Records to make, and where each block starts in its sequence (None: the worker knows it from the job)."""
+    """Records to make, and where each block starts in its sequence (None: the worker knows it from the job).
+    tail: those within the tier's window at the end of their sequence so far."""
 
     keys: list[bytes]
     first_positions: list[int] | None
+    tail: frozenset[bytes] = frozenset()
 
     @staticmethod
     def medium() -> str:
@@ -70,13 +72,14 @@ class LoadPromises(LoadStoreSpec):
 @dataclass
 class _Request:
     """wanted: keys asked for, not yet submitted; asked: submitted in this turn, no answer yet, given up at ``until``;
-    refused: answered no, for good."""
+    refused: answered no, for good; tail: our key and end of blocks stored as the sequence's tail (None: none yet)."""
 
     off: bool
     wanted: dict[bytes, bytes] = field(default_factory=dict)
     asked: dict[bytes, bytes] = field(default_factory=dict)
     promised: dict[bytes, Promise] = field(default_factory=dict)
     refused: set[bytes] = field(default_factory=set)
+    tail: dict[bytes, int] | None = None
     missed: bool = False
     gone: bool = False
     turn: int = 0
@@ -162,7 +165,8 @@ class Manager(OffloadingManager):
         """Blocks that the queue has no room for are skipped, and counted: a None would be asked for again in every
         step of the request."""
         listed = list(keys)
-        if self._request(req_context).off:
+        request = self._request(req_context)
+        if request.off:
             return PrepareStoreOutput([], StoreKeys([], None), [])
         own = [self._tier.key(key) for key in listed]
         admitted = self._tier.admit(own, sequence_tokens(req_context))
@@ -177,7 +181,26 @@ class Manager(OffloadingManager):
         for key, mine in chosen:
             self._shared.name(mine, key)
         positions = firsts if len(firsts) == len(chosen) else None
-        return PrepareStoreOutput([key for key, _ in chosen], StoreKeys([mine for _, mine in chosen], positions), [])
+        tail = self._tail(request, req_context, {mine: end_position(req_context, key) or 0 for key, mine in chosen})
+        spec = StoreKeys([mine for _, mine in chosen], positions, tail)
+        return PrepareStoreOutput([key for key, _ in chosen], spec, [])
+
+    def _tail(self, request: _Request, context: Any, ends: Mapping[bytes, int]) -> frozenset[bytes]:
+        """Of blocks to be stored those within the window; tells the tier which blocks the sequence has grown past."""
+        if not self._tier.window:
+            return frozenset()
+        edge = (sequence_tokens(context) or 0) - self._tier.window
+        if request.tail is None:
+            # The tail of an earlier turn may be anywhere before this one's.
+            request.tail = {}
+            self._tier.moved_on(self._tier.key(key) for key, end in end_positions(context).items() if end <= edge)
+        passed = [key for key, end in request.tail.items() if end <= edge]
+        for key in passed:
+            del request.tail[key]
+        self._tier.moved_on(passed)
+        tail = {key: end for key, end in ends.items() if end > edge and end}
+        request.tail |= tail
+        return frozenset(tail)
 
     def on_request_finished(self, req_context: Any) -> None:
         with self._lock:

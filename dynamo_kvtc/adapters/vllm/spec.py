@@ -101,10 +101,10 @@ def check_engine(engine: EngineFacts, options: TierOptions) -> None:
         )
     if engine.blocks_per_chunk != 1:
         raise ConfigError(f"the engine offloads {engine.blocks_per_chunk} blocks at once; 1 is supported")
-    if options.min_tokens and not KNOWS_SEQUENCES:
+    if (options.min_tokens or options.window) and not KNOWS_SEQUENCES:
         raise ConfigError(
-            f"min_tokens is {options.min_tokens}; vLLM {RELEASE[0]}.{RELEASE[1]} does not tell a sequence's length "
-            "when blocks are stored: leave it out"
+            f"min_tokens is {options.min_tokens}, window {options.window or 0}; vLLM {RELEASE[0]}.{RELEASE[1]} does "
+            "not tell a sequence's length when blocks are stored: leave them out"
         )
 
 

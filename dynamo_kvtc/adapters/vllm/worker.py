@@ -33,7 +33,9 @@ class Worker(OffloadingWorker):
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: StoreKeys) -> bool:
         blocks = self._blocks(src_spec, dst_spec.keys, dst_spec.first_positions)
         began = self._begin(job_id)
-        taken = self._tier.store(blocks, free=lambda: self._end(job_id, began, len(blocks)), fence=self._tier.fence())
+        taken = self._tier.store(
+            blocks, free=lambda: self._end(job_id, began, len(blocks)), fence=self._tier.fence(), tail=dst_spec.tail
+        )
         if not taken:
             self._end(job_id, began, 0)
         return True

@@ -295,7 +295,8 @@ def lossy() -> dict[str, Any]:
     import numpy as np
 
     texts = json.loads(Path(sys.argv[5]).read_text())
-    tier = {"artifact": sys.argv[4], "host_gib": 0.25}
+    # What is predicted is the codec's cost: no exact tail.
+    tier = {"artifact": sys.argv[4], "host_gib": 0.25, "window": 0}
     llm = engine(tier, 96, max_model_len=2048, max_logprobs=-1, max_num_batched_tokens=2048)
     fresh = iter(range(100, 1000))
     off = {"kvtc": "off"}
@@ -364,6 +365,26 @@ def watched() -> dict[str, Any]:
             known[metric.name] = known.get(metric.name, 0) + told
     llm.llm_engine.engine_core.shutdown()
     return {"events": kinds, "metrics": known}
+
+
+def tail() -> dict[str, Any]:
+    """Prompts of 5 blocks, the last 2 of them within the window; then each again, longer by 3 blocks."""
+    tier = {"artifact": sys.argv[4], "point": "fine", "host_gib": 0.25, "window": 2 * BLOCK}
+    llm = engine(tier, 60)
+    fresh = iter(range(100, 1000))
+    prompts = [prompt_of(i, 5 * BLOCK + 2) for i in range(4)]
+    names = {"coded": COUNTS["stored"], **{n: ("kvtc_overlay_blocks", n) for n in ("stored", "hit", "moved_on")},
+             "bytes": ("kvtc_overlay_bytes",)}  # fmt: skip
+    result: dict[str, Any] = {}
+    for name, asked in (("first", prompts), ("again", prompts), ("longer", [p + p[: 3 * BLOCK] for p in prompts])):
+        got = run(llm, asked, 1)
+        # vLLM hands over the last blocks in a later step.
+        for _ in range(2):
+            evict(llm, fresh)
+        settle()
+        result[name] = {"cached": [r[2] for r in got], **counted(names)}
+    llm.llm_engine.engine_core.shutdown()
+    return result
 
 
 def refused() -> dict[str, Any]:

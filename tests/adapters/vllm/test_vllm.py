@@ -108,6 +108,19 @@ def test_coded_records_cost_what_evaluation_says(model, calibrated, tmp_path):
     assert statistics.median(seen["restored_seconds"]) < statistics.median(seen["cold_seconds"]) / 2
 
 
+def test_a_conversations_tail_is_exact_until_it_has_moved_on(model, any_artifact, tmp_path):
+    seen = run("tail", model, tmp_path, any_artifact)
+    first, again, longer = (seen[name] for name in ("first", "again", "longer"))
+    assert again["cached"] == longer["cached"] == [160] * 4
+    assert first["coded"] == again["coded"] == 4 * 5
+    assert first["stored"] == again["stored"] == again["hit"] == 4 * 2
+    assert first["hit"] == first["moved_on"] == again["moved_on"] == 0
+    # Loaded once more, then outgrown.
+    assert (longer["coded"], longer["stored"]) == (4 * 8, 4 * 4)
+    assert (longer["hit"], longer["moved_on"]) == (4 * 4, 4 * 2)
+    assert longer["bytes"] == first["bytes"] > 0
+
+
 def test_events_and_metrics_reach_the_engine(model, any_artifact, tmp_path):
     seen = run("watched", model, tmp_path, any_artifact)
     assert seen["events"]["BlockStored:CPU"] >= 24
