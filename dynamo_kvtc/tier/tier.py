@@ -108,12 +108,13 @@ class Tier:
 
     def store(
         self, blocks: Sequence[Block], done: Failed | None = None, free: Callable[[], None] | None = None,
-        fence: Any = None,
+        fence: Any = None, deadline: float | None = None,
     ) -> bool:  # fmt: skip
         """On the engine's thread. False if refused: the queue is full, or it is closed; then nothing is called.
 
         free: called once, from any thread, when the pages are no longer read (where they are copied, before this
         returns); done: when the records are where they belong, with the keys of those that are not.
+        deadline: monotonic seconds after which they are not coded any more.
         """
         cost = len(blocks) * self.transcoder.raw_block_bytes
         free, done = _safely(free), _safely(done)
@@ -145,7 +146,7 @@ class Tier:
                 free()
             done([b.key for b in blocks])
 
-        if not self._encode.put(run, fail, cost):
+        if not self._encode.put(run, fail, cost, deadline):
             self._arrived(blocks)
             self.metrics.count("kvtc_stored_blocks", len(blocks), "queue_full")
             return False
