@@ -7,9 +7,10 @@ Nothing moves by itself. What the host or the disk has no room for is evicted, t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from dynamo_kvtc.errors import ConfigError
-from dynamo_kvtc.store import Lease, Record, Store, check_key
+from dynamo_kvtc.store import Lease, Record, Store, StoreStats, check_key
 from dynamo_kvtc.store.disk import DiskStore
 from dynamo_kvtc.store.host import HostStore
 from dynamo_kvtc.store.tiered import TieredStore
@@ -54,6 +55,10 @@ class PlacedStore(TieredStore):
     def tier_of(self, key: bytes) -> str | None:
         tier = self._of(key)
         return self._place(key) if tier is not None and tier.contains(key) else None
+
+    def stats(self) -> StoreStats:
+        """As ``TieredStore``'s; evictions: from either."""
+        return replace(super().stats(), evictions=sum(tier.stats().evictions for tier in self._tiers()))
 
     def _of(self, key: bytes) -> Store | None:
         name = self._place(key)

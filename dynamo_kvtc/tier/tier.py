@@ -221,6 +221,11 @@ class Tier:
         """Forgets all records, in memory and on disk."""
         self._store.clear()
 
+    def budgets(self) -> dict[str, int]:
+        """Bytes of the tiers that there are, "host" and "disk"."""
+        tiers = (("host", self._store.host), ("disk", self._store.disk))
+        return {name: tier.stats().budget_bytes for name, tier in tiers if tier is not None}
+
     def refresh(self) -> None:
         """Brings occupancy, evictions and stores' errors in ``metrics`` up to date."""
         tiers = {name: tier.stats() for name, tier in (("host", self._store.host), ("disk", self._store.disk)) if tier}
