@@ -6,12 +6,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from dynamo_kvtc.adapters.kvbm.budget import Budget
+import torch
+
+from dynamo_kvtc.adapters.kvbm._compat import endpoints
+from dynamo_kvtc.adapters.kvbm.budget import Budget, read_budget
 from dynamo_kvtc.adapters.kvbm.budget import Pool as BudgetPool
 from dynamo_kvtc.adapters.kvbm.mover import BlockMove, MoveRequest
 from dynamo_kvtc.adapters.kvbm.options import parse_coding
 from dynamo_kvtc.adapters.kvbm.protocol import Pool
 from dynamo_kvtc.adapters.kvbm.tier_mover import TierMover, code_blocks
+from dynamo_kvtc.ops.pages import PagedCache
+from dynamo_kvtc.tier.identity import EngineCache
+from dynamo_kvtc.tier.pages import StridedPages
+from dynamo_kvtc.types import KVShape
+from tests.builders import make_artifact, random_kv
 from tests.tier.parts import BLOCK_TOKENS, Answer, Engine
 
 HOST, NONE = BudgetPool(0.01, 0), BudgetPool(0.0, 0)
@@ -54,3 +62,18 @@ def load(
     moves = [(i, engine.order[b], b * BLOCK_TOKENS + shift) for b, i in zip(blocks, ids, strict=True)]
     failed = ask(mover.load, request(mover, pool, moves))
     return sorted(engine.order.index(b) for b in failed)
+
+
+def coding_rank(rank: int, world: int, block_tokens: int, blocks: int, options: Any) -> tuple[Any, TierMover]:
+    """A rank's pages full of its own content, and the coding mover over them, budgets from the environment."""
+    shape = KVShape(3, 2 * world, 16, "bfloat16")
+    artifact = make_artifact(shape, groups=((0, 1), (1, 3)), components=20, tp_size=world)[2].for_rank(rank)
+    own, m = artifact.shape, artifact.manifest
+    views = [torch.zeros(blocks, own.kv_heads, block_tokens, 2 * own.head_dim, dtype=own.torch_dtype) for _ in range(3)]
+    pages = StridedPages(PagedCache.of([x[..., :16] for x in views], [x[..., 16:] for x in views]))
+    k, v = random_kv(artifact, blocks * block_tokens, 100 + rank)
+    pages.write(list(range(blocks)), k, v)
+    pages.content = k if rank % 2 == 0 else v
+    cache = EngineCache(m.model, m.shape, m.rope, rank, world, block_tokens)
+    given = parse_coding({"artifact": "given", "point": "fine", "queue_mib": 16, **options})
+    return pages, code_blocks(given, cache, pages, artifact, read_budget(world), endpoints().publish)
