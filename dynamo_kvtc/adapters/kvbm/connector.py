@@ -38,6 +38,7 @@ from kvbm.vllm_integration.connector.dynamo_connector import (  # noqa: E402
 )
 
 from dynamo_kvtc.adapters.kvbm.leader import Leader  # noqa: E402
+from dynamo_kvtc.adapters.kvbm.stats import TierPromMetrics, TierStats  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +163,18 @@ class DynamoConnector(KvbmDynamoConnector):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_load_errors() if self._worker is not None else set()
+
+    def get_kv_connector_stats(self) -> TierStats | None:
+        take = None if self._worker is None else getattr(self._worker.mover, "take_stats", None)
+        return None if take is None else TierStats.of(take())
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> TierStats:
+        return TierStats(data)
+
+    @classmethod
+    def build_prom_metrics(cls, *what: Any, **named: Any) -> TierPromMetrics:
+        return TierPromMetrics(*what, **named)
 
     def shutdown(self) -> None:
         if self._worker is not None:

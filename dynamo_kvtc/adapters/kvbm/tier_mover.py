@@ -16,7 +16,8 @@ import logging
 import os
 import struct
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 
 from dynamo_kvtc.adapters.engine_model import model_of
@@ -32,6 +33,7 @@ from dynamo_kvtc.ops.pages import PagedCache
 from dynamo_kvtc.store.placed import Place
 from dynamo_kvtc.tier.build import open_tier
 from dynamo_kvtc.tier.identity import EngineCache, point_of
+from dynamo_kvtc.tier.metrics import Sink, TierMetrics
 from dynamo_kvtc.tier.pages import Pages
 from dynamo_kvtc.tier.tier import Tier
 from dynamo_kvtc.tier.transcode import Block
@@ -40,11 +42,14 @@ _NONCE_BYTES = 16
 _KEY = struct.Struct("<16sBQQ")
 """Session, pool, id, generation."""
 _POOLS = (Pool.HOST, Pool.DISK)
+REFRESH_SECONDS = 1.0
+_NOTED = 1 << 16
+"""Numbers that wait for an engine which may not ask for them."""
 
 log = logging.getLogger(__name__)
 
-MakeTier = Callable[[Place, Callable[[bytes], None]], Tier]
-"""(the tier of a key, what to tell of a key that was evicted or lost) -> an open tier."""
+MakeTier = Callable[[Place, Callable[[bytes], None], Sink], Tier]
+"""(the tier of a key, what to tell of a key that was evicted or lost, and of numbers) -> an open tier."""
 
 
 class TierMover:
@@ -58,7 +63,9 @@ class TierMover:
         self._whole: set[bytes] = set()
         """Keys whose write is done."""
         self._readers: Counter[bytes] = Counter()
-        self.tier = make_tier(_place, self._gone)
+        self.noted: deque[tuple[str, str, float, tuple[str, ...]]] = deque(maxlen=_NOTED)
+        self._refreshed = 0.0
+        self.tier = make_tier(_place, self._gone, lambda *what: self.noted.append(what))
 
     @property
     def bytes_per_block(self) -> int:
@@ -122,6 +129,17 @@ class TierMover:
 
         if not found or not self.tier.demote(found, ended):
             ended([target for _, target in found])
+
+    def take_stats(self) -> list[tuple[str, str, float, tuple[str, ...]]]:
+        """What the tier has counted since the last call, as ``tier.metrics.Sink`` is told it."""
+        now = time.monotonic()
+        if now - self._refreshed > REFRESH_SECONDS:
+            self._refreshed = now
+            self.tier.refresh()
+        out = []
+        while self.noted:
+            out.append(self.noted.popleft())
+        return out
 
     def shutdown(self, timeout_seconds: float) -> None:
         if self.tier.closed:
@@ -211,6 +229,11 @@ def code_blocks(
     publish: str,
 ) -> TierMover:  # fmt: skip
     """publish: the leader's endpoint, which names the scratch folder."""
+    if "disk_path" in options.given and not budget.disk:
+        raise ConfigError(
+            f"disk_path is {options.given['disk_path']!r} and KVBM has no disk: set DYN_KVBM_DISK_CACHE_GB, or leave "
+            "disk_path out"
+        )
     probe = options.tier(1 << 30, 0, None)
     size = options.block_bytes or block_bytes(
         artifact, point_of(artifact, probe.point), probe.exact, probe.sinks, engine.block_tokens, bool(budget.disk)
@@ -222,8 +245,9 @@ def code_blocks(
         # What waits there is in the engine's pages, which are the engine's until it is done.
         queue = pages.blocks * engine.block_tokens * artifact.shape.bytes_per_token
 
-    def make(place: Place, gone: Callable[[bytes], None]) -> Tier:
-        return open_tier(tier, engine, pages, artifact, on_removed=gone, place=place, queue_bytes=queue)
+    def make(place: Place, gone: Callable[[bytes], None], sink: Sink) -> Tier:
+        metrics = TierMetrics(sink=sink)
+        return open_tier(tier, engine, pages, artifact, metrics, on_removed=gone, place=place, queue_bytes=queue)
 
     mover = TierMover(make, size)
     log.info("kvtc behind KVBM: %s, %d bytes a block of %d tokens", tier, size, engine.block_tokens)

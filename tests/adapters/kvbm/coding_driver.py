@@ -15,6 +15,9 @@ from tests.adapters.kvbm import vllm_driver
 from tests.adapters.kvbm.vllm_driver import BLOCK, prompt_of, run, same
 from tests.adapters.vllm.driver import close_to, distributions
 
+TOKENS = 6
+"""Of a continuation: each is a request of its own."""
+
 
 def engine(device_blocks: int, coding: dict[str, Any], **extra: Any) -> Any:
     config = {"artifact": sys.argv[4], "handshake_seconds": 60, **coding}
@@ -28,7 +31,7 @@ def worker() -> Any:
 
 
 def tier() -> Any:
-    return worker()._mover.tier
+    return worker().mover.tier
 
 
 def settle() -> None:
@@ -71,7 +74,7 @@ def exact() -> dict[str, Any]:
         "same": same(local, restored),
         "counts": told(),
         "budgets": tier().budgets(),
-        "bytes_per_block": worker()._mover.bytes_per_block,
+        "bytes_per_block": worker().mover.bytes_per_block,
         "ledger": worker().counts(),
     }
     fresh = iter(range(100, 1000))
@@ -116,7 +119,7 @@ def exact() -> dict[str, Any]:
     after("reset")
     after("stored_anew")
     result["errors"] = {name: value for name, value in told().items() if name.startswith("kvtc_errors")}
-    mover = worker()._mover
+    mover = worker().mover
     llm.llm_engine.engine_core.shutdown()
     result["closed"] = mover.tier.closed
     return result
@@ -127,8 +130,9 @@ def lossy() -> dict[str, Any]:
     file of [[context ids, continuation ids], ...]; 6: the point."""
     import numpy as np
 
-    texts = json.loads(Path(sys.argv[5]).read_text())
-    llm = engine(96, {"point": sys.argv[6]}, max_model_len=2048, max_logprobs=-1, max_num_batched_tokens=2048)
+    texts = [(context, continuation[:TOKENS]) for context, continuation in json.loads(Path(sys.argv[5]).read_text())]
+    llm = engine(96, {"point": sys.argv[6]}, max_model_len=2048, max_logprobs=-1, max_num_batched_tokens=2048,
+                 disable_log_stats=False)  # fmt: skip
     fresh = iter(range(100, 1000))
     raw = distributions(llm, texts, {"kvtc": "off"})
     evict(llm, fresh)
@@ -143,7 +147,7 @@ def lossy() -> dict[str, Any]:
     result["kl"] = [float((np.exp(p) * (p - q)).sum(axis=1).mean()) for p, q in zip(raw, coded, strict=True)]
     result["after"] = told()
     cold, warm = [], []
-    for i in range(3):
+    for i in range(1):
         prompt = prompt_of(50 + i, 1504)
         began = time.monotonic()
         run(llm, [prompt], 1)
@@ -155,7 +159,13 @@ def lossy() -> dict[str, Any]:
         result["cached"] = run(llm, [prompt], 1)[0][2]
         warm.append(time.monotonic() - began)
     result["cold_seconds"], result["restored_seconds"] = cold, warm
-    result["bytes_per_block"] = worker()._mover.bytes_per_block
+    known: dict[str, float] = {}
+    for metric in llm.get_metrics():
+        if "kvtc" in metric.name:
+            value = metric.value if hasattr(metric, "value") else metric.count
+            known[metric.name] = known.get(metric.name, 0) + value
+    result["metrics"] = known
+    result["bytes_per_block"] = worker().mover.bytes_per_block
     result["capacity"] = [worker()._ledger.capacity.host_blocks, worker()._ledger.capacity.disk_blocks]
     llm.llm_engine.engine_core.shutdown()
     return result

@@ -71,7 +71,9 @@ def coding_rank(rank: int, world: int, block_tokens: int, blocks: int, options: 
     own, m = artifact.shape, artifact.manifest
     views = [torch.zeros(blocks, own.kv_heads, block_tokens, 2 * own.head_dim, dtype=own.torch_dtype) for _ in range(3)]
     pages = StridedPages(PagedCache.of([x[..., :16] for x in views], [x[..., 16:] for x in views]))
-    k, v = random_kv(artifact, blocks * block_tokens, 100 + rank)
+    # Four blocks each as at the begin of a sequence, from block 10 on: what scenarios store.
+    parts = [random_kv(artifact, 4 * block_tokens, 1000 * rank + g) for g in range(blocks // 4)]
+    k, v = (torch.cat([p[i] for p in parts], 2).roll(10 * block_tokens, 2) for i in (0, 1))
     pages.write(list(range(blocks)), k, v)
     pages.content = k if rank % 2 == 0 else v
     cache = EngineCache(m.model, m.shape, m.rope, rank, world, block_tokens)

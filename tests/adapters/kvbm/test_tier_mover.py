@@ -225,6 +225,21 @@ def test_a_leader_with_a_pool_that_is_not_here(engine, coding):
         mover.set_capacity(10, 10)
 
 
+def test_a_folder_without_a_disk_is_refused(coding):
+    with pytest.raises(ConfigError, match="disk_path is '/x' and KVBM has no disk"):
+        coding(disk_path="/x")
+
+
+def test_numbers_wait_for_the_engine(engine, coding):
+    mover = coding()
+    assert store(mover, engine, [0, 1], [0, 1]) == []
+    noted = mover.take_stats()
+    assert ("counter", "kvtc_stored_blocks", 2, ("stored",)) in noted
+    assert any(kind == "gauge" and name == "kvtc_used_bytes" for kind, name, _, _ in noted)
+    assert mover.take_stats() == []
+    assert mover.tier.metrics.totals()["kvtc_stored_blocks_total['stored']"] == 2
+
+
 def test_deadlines(engine, coding):
     mover = coding()
     assert store(mover, engine, [0], [0]) == []
