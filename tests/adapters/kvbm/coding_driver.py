@@ -141,7 +141,7 @@ def lossy() -> dict[str, Any]:
     for context, _ in texts:
         run(llm, [context], 1)
     settle()
-    for _ in range(2):
+    for _ in range(3):
         evict(llm, fresh)
     result: dict[str, Any] = {"before": told()}
     coded = distributions(llm, texts, None)

@@ -106,7 +106,8 @@ def test_coded_records_cost_what_evaluation_says(model, calibrated, tmp_path, po
     # The leader counts on what the records take, not on raw blocks.
     raw = 32 * 46_080
     assert seen["capacity"][0] > 0.25e9 / raw * 0.4 * float(point)
-    assert seen["cached"] == 1504
+    # All 47 blocks are held, and a token of the last one must be computed.
+    assert seen["cached"] == 1472
     assert seen["metrics"]["vllm:kvtc_loaded_blocks"] >= 24
     assert seen["metrics"]["vllm:kvtc_used_bytes"] > 0
 
