@@ -3,6 +3,7 @@
     host.py    records in one arena of (pinned) memory, variable length, evicted least recently used first
     disk.py    records in one file of fixed size with an index in SQLite, behind a queue; found again after a restart
     tiered.py  host over disk: what leaves the host goes to disk, what is asked for comes back
+    placed.py  host and disk side by side: the key says which, nothing moves by itself
 
 Keys are 16 to 64 bytes, opaque, usually a digest over everything that makes two caches differ. Records are immutable:
 a key's bytes never change, so putting a key again does nothing. Everything is thread-safe. Nothing here raises for what

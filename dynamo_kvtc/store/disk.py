@@ -52,10 +52,11 @@ class DiskStore(Store):
     def __init__(
         self, path: str | os.PathLike[str], budget_bytes: int, queue_bytes: int = 256 << 20, readers: int = 4,
         read_seconds: float = 1.0, on_evicted: OnEvicted | None = None, on_stored: Told | None = None,
-        on_lost: Told | None = None,
+        on_lost: Told | None = None, fresh: bool = False,
     ) -> None:  # fmt: skip
         """path: a folder of its own, made if its parent exists; budget_bytes: of the disk, all files together;
-        queue_bytes: of memory for records that wait to be written; read_seconds: when a read is given up.
+        queue_bytes: of memory for records that wait to be written; read_seconds: when a read is given up; fresh: what
+        an earlier process left there is forgotten.
 
         Raises ConfigError: the folder is not ours, of another version, locked, not writable or the disk too small.
         """
@@ -71,6 +72,8 @@ class DiskStore(Store):
         self._folder = Folder(self.path, budget_bytes)
         try:
             shelf = Shelf(units, UNIT_BYTES, MAX_PARTS)
+            if fresh:
+                _forget(self.path / INDEX)
             self._data = DataFile(self.path / DATA, units * UNIT_BYTES)
             self._queue = Queue(shelf, queue_bytes)
             index = self._open_index(index_bytes, wal_bytes)
@@ -319,3 +322,10 @@ class DiskStore(Store):
             log.exception("a callback failed")
             with self._queue.lock:
                 self._queue.error("callback")
+
+
+def _forget(index: Path) -> None:
+    try:
+        forget(index)
+    except OSError as exc:
+        raise ConfigError(f"{index}: {exc.strerror}; empty the folder or name another") from exc

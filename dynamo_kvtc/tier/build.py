@@ -15,6 +15,7 @@ from dynamo_kvtc.ops.pages import PagedCache
 from dynamo_kvtc.store import MAX_RECORD_BYTES
 from dynamo_kvtc.store.disk import DiskStore
 from dynamo_kvtc.store.host import HostStore, make_arena
+from dynamo_kvtc.store.placed import Place, PlacedStore
 from dynamo_kvtc.store.tiered import TieredStore
 from dynamo_kvtc.tier.admission import Admission
 from dynamo_kvtc.tier.cpu import CpuTranscoder
@@ -35,9 +36,12 @@ _HEADER_BYTES = 4096
 def open_tier(
     options: TierOptions, engine: EngineCache, pages: Pages | PagedCache, artifact: Artifact | None = None,
     metrics: TierMetrics | None = None, on_moved: Callable[[bytes, str], None] | None = None,
-    on_removed: Callable[[bytes], None] | None = None, limits: PagedLimits | None = None,
+    on_removed: Callable[[bytes], None] | None = None, limits: PagedLimits | None = None, place: Place | None = None,
+    queue_bytes: int | None = None,
 ) -> Tier:  # fmt: skip
     """pages: the door to a CPU's pages, or the views of a GPU's. on_moved, on_removed: as ``TieredStore`` tells them.
+    place: for an engine that decides itself what lies on host and disk (``PlacedStore``); its disk begins empty.
+    queue_bytes: of raw blocks that wait, instead of the options'.
 
     Raises ConfigError, ArtifactError or MissingDependencyError: options that cannot be used together, budgets larger
     than memory or disk, a folder that cannot be written, an artifact of another model or cache.
@@ -70,14 +74,22 @@ def open_tier(
         )
     disk = None
     if options.disk_bytes:
-        disk = DiskStore(disk_folder(options, engine.tp_rank), options.disk_bytes, read_seconds=options.read_seconds)
-    store = TieredStore(host, disk, options.write_through, options.promote_on, on_moved, on_removed)
+        disk = DiskStore(
+            disk_folder(options, engine.tp_rank), options.disk_bytes, read_seconds=options.read_seconds,
+            fresh=place is not None,
+        )  # fmt: skip
     window = 0 if options.exact == "all" or not fits else WINDOW_TOKENS if options.window is None else options.window
+    if place is None:
+        store = TieredStore(host, disk, options.write_through, options.promote_on, on_moved, on_removed)
+    else:
+        # Who places blocks itself does not say which of them end a sequence.
+        store, window = PlacedStore(host, disk, place, on_moved, on_removed), 0
     exact_keys = KeySpace(engine, artifact, point, policy_of("all", options.sinks))
     return Tier(
         KeySpace(engine, artifact, point, policy), store, transcoder, metrics,
         Admission(options.min_tokens, options.store_on_use), Estimate(options.prefill_tokens_per_second),
-        options.queue_bytes, Overlay(host, exact_keys, metrics, window, raw + _HEADER_BYTES),
+        options.queue_bytes if queue_bytes is None else queue_bytes,
+        Overlay(host, exact_keys, metrics, window, raw + _HEADER_BYTES),
     )  # fmt: skip
 
 

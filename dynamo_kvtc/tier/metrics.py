@@ -104,6 +104,15 @@ class TierMetrics:
         full = f"{name}_total" if name in COUNTERS else name
         return self.registry.get_sample_value(full, dict(zip(label_names, labels, strict=True))) or 0.0
 
+    def totals(self) -> dict[str, float]:
+        """Counters and gauges by name and labels, sums and counts of histograms: for a log."""
+        return {
+            f"{s.name}{list(s.labels.values()) if s.labels else ''}": s.value
+            for family in self.registry.collect()
+            for s in family.samples
+            if not s.name.endswith(("_bucket", "_created"))
+        }
+
     def refresh(self, tiers: Mapping[str, StoreStats], queues: Mapping[str, int]) -> None:
         """What stores and queues count themselves."""
         for tier, stats in tiers.items():

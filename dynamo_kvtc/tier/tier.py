@@ -116,14 +116,15 @@ class Tier:
 
     def store(
         self, blocks: Sequence[Block], done: Failed | None = None, free: Callable[[], None] | None = None,
-        fence: Any = None, tail: Collection[bytes] = (),
+        fence: Any = None, tail: Collection[bytes] = (), deadline: float | None = None,
     ) -> bool:  # fmt: skip
         """On the engine's thread. False if refused: the queue is full, or it is closed; then nothing is called.
 
         free: called once, from any thread, when the pages are no longer read (where they are copied, before this
         returns); done: when the records are where they belong, with the keys of those that are not. tail: keys of the
         blocks within the last ``window`` tokens of their sequence: if there is room for it, a record with every token
-        exact is kept beside the coded one, until ``moved_on``.
+        exact is kept beside the coded one, until ``moved_on``. deadline: monotonic seconds after which they are not
+        coded any more.
         """
         free, done = _safely(free), _safely(done)
         if not self.has_room(len(blocks)):
@@ -158,7 +159,7 @@ class Tier:
                 free()
             done([b.key for b in blocks])
 
-        if not self._encode.put(run, fail, cost):
+        if not self._encode.put(run, fail, cost, deadline):
             self._arrived(blocks)
             self.metrics.count("kvtc_stored_blocks", len(blocks), "queue_full")
             return False
@@ -237,6 +238,11 @@ class Tier:
     def clear(self) -> None:
         """Forgets all records, in memory and on disk."""
         self._store.clear()
+
+    def budgets(self) -> dict[str, int]:
+        """Bytes of the tiers that there are, "host" and "disk"."""
+        tiers = (("host", self._store.host), ("disk", self._store.disk))
+        return {name: tier.stats().budget_bytes for name, tier in tiers if tier is not None}
 
     def refresh(self) -> None:
         """Brings occupancy, evictions and stores' errors in ``metrics`` up to date."""

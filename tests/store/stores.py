@@ -9,6 +9,7 @@ from pathlib import Path
 from dynamo_kvtc.store import Store
 from dynamo_kvtc.store.disk import DiskStore
 from dynamo_kvtc.store.host import HostStore
+from dynamo_kvtc.store.placed import PlacedStore
 from dynamo_kvtc.store.tiered import TieredStore
 
 MIB = 1 << 20
@@ -30,6 +31,8 @@ STORES: dict[str, Callable[[Path], Store]] = {
     "tiered-write-through": lambda path: TieredStore(host(), disk(path), write_through=True, promote_on=2),
     "tiered-host-only": lambda path: TieredStore(host(), None),
     "tiered-disk-only": lambda path: TieredStore(None, disk(path)),
+    "placed-on-host": lambda path: PlacedStore(host(), disk(path), lambda key: "host"),
+    "placed-on-disk": lambda path: PlacedStore(host(), disk(path), lambda key: "disk"),
 }
 
 

@@ -2,7 +2,10 @@
 
     --kv-transfer-config '{"kv_connector": "DynamoConnector", "kv_role": "kv_both",
         "kv_connector_module_path": "dynamo_kvtc.adapters.kvbm", "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"mover": "package.module:factory"}}'
+        "kv_connector_extra_config": {"artifact": "model.safetensors", "point": "16"}}'
+
+Budgets are KVBM's own: DYN_KVBM_CPU_CACHE_GB, DYN_KVBM_DISK_CACHE_GB, DYN_KVBM_DISK_CACHE_DIR (budget.py). The other
+options are in options.py. A GB holds as many more blocks as the records are smaller.
 
 It is a subclass of KVBM's connector and has its name, because Dynamo and PdConnector ask for both.
 """
@@ -10,13 +13,13 @@ It is a subclass of KVBM's connector and has its name, because Dynamo and PdConn
 from __future__ import annotations
 
 import logging
-import re
 import threading
 from typing import Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
+from dynamo_kvtc.adapters.engine_model import layer_index
 from dynamo_kvtc.adapters.kvbm._compat import endpoints, require_kvbm
 from dynamo_kvtc.adapters.kvbm.mover import MoverContext, find_factory
 from dynamo_kvtc.adapters.kvbm.options import parse_options
@@ -35,6 +38,7 @@ from kvbm.vllm_integration.connector.dynamo_connector import (  # noqa: E402
 )
 
 from dynamo_kvtc.adapters.kvbm.leader import Leader  # noqa: E402
+from dynamo_kvtc.adapters.kvbm.stats import TierPromMetrics, TierStats  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +64,6 @@ class DynamoConnector(KvbmDynamoConnector):
         config = vllm_config.kv_transfer_config
         self.engine_id = config.engine_id
         self._options = parse_options(config.kv_connector_extra_config)
-        self._factory = find_factory(self._options.mover)
         if config.kv_load_failure_policy != "recompute":
             raise ConfigError(
                 f"kv_load_failure_policy is {config.kv_load_failure_policy!r}: a block that cannot be loaded would end "
@@ -111,7 +114,7 @@ class DynamoConnector(KvbmDynamoConnector):
         config = self._vllm_config
         parallel = config.parallel_config
         context = MoverContext(
-            kv_caches=dict(sorted(kv_caches.items(), key=lambda item: _layer_index(item[0]))),
+            kv_caches=dict(sorted(kv_caches.items(), key=lambda item: layer_index(item[0]))),
             device_blocks=int(self._kv_cache_config.num_blocks),
             block_tokens=int(config.cache_config.block_size),
             rank=int(parallel.rank),
@@ -119,7 +122,9 @@ class DynamoConnector(KvbmDynamoConnector):
             options=self._options.mover_options,
             engine_config=config,
         )
-        worker = KvbmWorker(endpoints(), context.device_blocks, self._factory(context), self._options)
+        # Not before: vLLM's CPU worker cannot start in a process that has imported numba.
+        factory = find_factory(self._options.mover)
+        worker = KvbmWorker(endpoints(), context.device_blocks, factory(context), self._options)
         with _local_lock:
             _local_workers.append(worker)
         worker.start()
@@ -159,15 +164,21 @@ class DynamoConnector(KvbmDynamoConnector):
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_load_errors() if self._worker is not None else set()
 
+    def get_kv_connector_stats(self) -> TierStats | None:
+        take = None if self._worker is None else getattr(self._worker.mover, "take_stats", None)
+        return None if take is None else TierStats.of(take())
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> TierStats:
+        return TierStats(data)
+
+    @classmethod
+    def build_prom_metrics(cls, *what: Any, **named: Any) -> TierPromMetrics:
+        return TierPromMetrics(*what, **named)
+
     def shutdown(self) -> None:
         if self._worker is not None:
             with _local_lock:
                 if self._worker in _local_workers:
                     _local_workers.remove(self._worker)
             self._worker.shutdown()
-
-
-def _layer_index(name: str) -> tuple[int, str]:
-    """The first number between dots in a layer's name ("model.layers.7.self_attn.attn"): names sort badly."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return (int(found.group(1)) if found else -1, name)

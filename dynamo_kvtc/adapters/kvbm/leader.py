@@ -5,7 +5,8 @@ does not expect put right before it gets there:
 - a request that vLLM asks about again in another state (preempted, or its allocation failed and its local hit has
   changed) gets a fresh slot: the leader refuses the first and would answer the second with stale matches;
 - a resumed request is shown as a new one, which is what a fresh slot expects;
-- blocks that a request already has are not told to the leader twice.
+- blocks that a request already has are not told to the leader twice;
+- what the leader matches and could not be loaded before is not loaded again (damaged.py).
 
 Beside KVBM's metadata it keeps each request's device blocks in order, for ``step.encode_ours``.
 """
@@ -24,6 +25,7 @@ from kvbm.vllm_integration.consolidator_config import get_consolidator_mode
 from kvbm.vllm_integration.rust import KvbmRequest
 from kvbm.vllm_integration.rust import KvConnectorLeader as RustLeader
 
+from dynamo_kvtc.adapters.kvbm.damaged import Damaged
 from dynamo_kvtc.adapters.kvbm.step import encode_ours, kvbm_request_ids
 from dynamo_kvtc.errors import EngineProtocolError
 
@@ -42,6 +44,21 @@ def opted_out(request: Any) -> bool:
         )
     unhashable = getattr(request, "mm_features", None) or getattr(request, "prompt_embeds", None) is not None
     return wish != "on" or bool(unhashable)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loading:
+    """A request's blocks that are to be loaded: device ids, in order, and the number of the first in its sequence."""
+
+    request: Any
+    first: int
+    blocks: list[int]
+
+
+def _seed(request: Any) -> str:
+    """What a request's cache depends on beside its tokens."""
+    lora = getattr(request, "lora_request", None)
+    return repr((lora.lora_name if lora else None, request.cache_salt))
 
 
 class Leader(KvConnectorLeader):
@@ -74,8 +91,9 @@ class Leader(KvConnectorLeader):
         """Requests with a slot, and the local hit that their slot was asked with; -1 once they have blocks."""
         self._unseen: set[str] = set()
         """Requests that the leader must not see."""
-        self._loading: dict[str, list[int]] = {}
-        """Device blocks that a request waits for; until the engine's workers have reported it."""
+        self._loading: dict[str, _Loading] = {}
+        """What a request waits for; until the engine's workers have reported it."""
+        self._damaged = Damaged(self._block_tokens)
         self._new_loads: set[str] = set()
         self._failed: set[str] = set()
         self._finished: set[str] = set()
@@ -92,7 +110,17 @@ class Leader(KvConnectorLeader):
             self._drop(request_id)
         self._asked[request_id] = num_computed_tokens
         self._create_slot(request)
-        return self._connector.get_num_new_matched_tokens(request_id, request.num_tokens, num_computed_tokens)
+        matched, later = self._connector.get_num_new_matched_tokens(
+            request_id, request.num_tokens, num_computed_tokens
+        )  # fmt: skip
+        if not matched or not len(self._damaged):
+            return matched, later
+        n = self._block_tokens
+        first, count = num_computed_tokens // n, matched // n
+        kept = self._damaged.cut(_seed(request), request.all_token_ids, first, count)
+        if kept == count:
+            return matched, later
+        return kept * n, later and kept > 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         request_id = request.request_id
@@ -103,7 +131,7 @@ class Leader(KvConnectorLeader):
             # The leader takes the last blocks for those to load, but vLLM may have allocated some to look ahead.
             first = self._asked[request_id] // self._block_tokens
             ids = ids[: first + num_external_tokens // self._block_tokens]
-            self._loading[request_id] = ids[first:]
+            self._loading[request_id] = _Loading(request, first, ids[first:])
             self._new_loads.add(request_id)
         # vLLM names all blocks each time; the leader appends what it is told, and would take the second round's first
         # blocks for those behind the first round's: it then stores other blocks than it says.
@@ -125,7 +153,7 @@ class Leader(KvConnectorLeader):
             self._block_tokens,
             finished=self._finished,
             preempted=scheduler_output.preempted_req_ids or (),
-            loading={request_id: self._loading[request_id] for request_id in sorted(self._new_loads)},
+            loading={request_id: self._loading[request_id].blocks for request_id in sorted(self._new_loads)},
         )
         self._finished = set()
         self._new_loads.clear()
@@ -135,10 +163,17 @@ class Leader(KvConnectorLeader):
         """What the workers said of this step. A request whose load failed is recomputed, and forgotten by the leader:
         it would match the same blocks again."""
         if invalid_blocks:
-            hit = {request_id for request_id, ids in self._loading.items() if invalid_blocks.intersection(ids)}
-            self._failed |= hit
+            for request_id, loading in self._loading.items():
+                bad = [i for i, block in enumerate(loading.blocks) if block in invalid_blocks]
+                if bad:
+                    self._failed.add(request_id)
+                    request = loading.request
+                    self._damaged.note(_seed(request), request.all_token_ids, loading.first + bad[0])
         for request_id in loaded:
-            self._loading.pop(request_id, None)
+            ended = self._loading.pop(request_id, None)
+            if ended is not None and request_id not in self._failed:
+                request = ended.request
+                self._damaged.lift(_seed(request), request.all_token_ids, ended.first, len(ended.blocks))
             if request_id in self._failed:
                 self._failed.discard(request_id)
                 self._drop(request_id)
@@ -157,6 +192,10 @@ class Leader(KvConnectorLeader):
             return False, None
         self._finished.add(request_id)
         return True, None
+
+    def reset_cache(self) -> bool:
+        self._damaged.clear()
+        return bool(super().reset_cache())
 
     # Inside
 

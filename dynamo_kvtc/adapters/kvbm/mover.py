@@ -61,7 +61,7 @@ class MoverContext:
 
 class BlockMover(Protocol):
     """Moves blocks; every method but ``shutdown`` returns at once. Moves that name the same pool id are done in the
-    order they were asked for. What a load writes is what was stored at the same first position, or it fails."""
+    order they were asked for, or fail. A load writes what was stored at the same first position, or it fails."""
 
     @property
     def bytes_per_block(self) -> int:

@@ -43,7 +43,7 @@ class KvbmWorker:
         if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 1 << 63:
             raise ConfigError(f"the mover's bytes_per_block is {size!r}; it must be a positive integer")
         self._endpoints = endpoints
-        self._mover = mover
+        self.mover = mover
         self._options = options
         self._ledger = Ledger(device_blocks, size, options.half_seconds, options.transfer_seconds)
         self._lock = threading.Condition()
@@ -83,7 +83,7 @@ class KvbmWorker:
         self._wake()
         if self._thread.ident is not None:
             self._thread.join(timeout_seconds)
-        self._mover.shutdown(timeout_seconds)
+        self.mover.shutdown(timeout_seconds)
         if self._thread.is_alive():
             raise EngineTimeoutError(f"the worker's thread did not end within {timeout_seconds:.0f} s")
         self._wake_read.close()
@@ -143,7 +143,7 @@ class KvbmWorker:
             self._check()
             if not self._ledger.unreleased(load):
                 return
-        fence = self._mover.fence()
+        fence = self.mover.fence()
         with self._lock:
             self._ledger.release(load, fence, time.monotonic())
         self._wake()
@@ -219,11 +219,11 @@ class KvbmWorker:
         if isinstance(action, Answer):
             answers.send_multipart(action.frames)
         elif isinstance(action, Capacity):
-            self._mover.set_capacity(action.host_blocks, action.disk_blocks)
+            self.mover.set_capacity(action.host_blocks, action.disk_blocks)
         elif isinstance(action, Demotion):
-            self._ask(action.token, [t for _, t in action.pairs], lambda done: self._mover.demote(action.pairs, done))
+            self._ask(action.token, [t for _, t in action.pairs], lambda done: self.mover.demote(action.pairs, done))
         else:
-            ask = self._mover.load if action.load else self._mover.store
+            ask = self.mover.load if action.load else self.mover.store
             targets = [move.target for move in action.request.moves]
             self._ask(action.token, targets, lambda done: ask(action.request, done))
 

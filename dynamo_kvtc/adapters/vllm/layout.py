@@ -7,14 +7,14 @@ layers' own tensors say it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynamo_kvtc.adapters.vllm._compat import RELEASE, EngineFacts, cpu_isa
+from dynamo_kvtc.adapters.engine_model import layer_index, token_major_views
+from dynamo_kvtc.adapters.vllm._compat import EngineFacts, cpu_isa
 from dynamo_kvtc.errors import UnsupportedModelError
 from dynamo_kvtc.ops.pages import PagedCache
 from dynamo_kvtc.tier.pages import Pages
@@ -146,23 +146,7 @@ def _gpu_pages(caches: Any, engine: EngineFacts, shape: KVShape, names: Sequence
     for name in names:
         layer = engine.vllm_config.compilation_config.static_forward_context[name]
         tensor = layer.kv_cache[0] if isinstance(layer.kv_cache, (list, tuple)) else layer.kv_cache
-        if tensor.dim() == 5 and tuple(tensor.shape[1:]) == (2, n, h, d):
-            k, v = tensor.unbind(1)
-        elif tensor.dim() == 5 and tensor.shape[0] == 2 and tuple(tensor.shape[2:]) == (n, h, d):
-            k, v = tensor.unbind(0)
-        else:
-            raise UnsupportedModelError(
-                f"layer {name} caches {tuple(tensor.shape)}; vLLM {RELEASE[0]}.{RELEASE[1]} is known to cache [blocks, "
-                f"2, {n}, {h}, {d}]: use the FlashAttention or FlashInfer backend"
-            )
-        ks.append(k.transpose(1, 2))
-        vs.append(v.transpose(1, 2))
+        k, v = token_major_views(name, tensor, shape, n)
+        ks.append(k)
+        vs.append(v)
     return PagedCache.of(ks, vs)
-
-
-def layer_index(name: str) -> int:
-    """The first number between dots in a layer's name ("model.layers.7.self_attn.attn")."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    if found is None:
-        raise UnsupportedModelError(f"layer {name!r} has no number in its name")
-    return int(found.group(1))

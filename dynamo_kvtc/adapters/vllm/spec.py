@@ -14,19 +14,18 @@ from vllm.v1.kv_offload.base import (
     OffloadingWorker,
 )
 
+from dynamo_kvtc.adapters.engine_model import model_of
 from dynamo_kvtc.adapters.vllm._compat import KNOWS_SEQUENCES, RELEASE, EngineFacts, facts
 from dynamo_kvtc.adapters.vllm.layout import pages_of
 from dynamo_kvtc.adapters.vllm.manager import PREFIX, Manager
 from dynamo_kvtc.adapters.vllm.shared import Shared, find, publish
 from dynamo_kvtc.adapters.vllm.worker import Worker
-from dynamo_kvtc.codec.artifact import Artifact, load_artifact
+from dynamo_kvtc.codec.artifact import load_artifact
 from dynamo_kvtc.errors import ConfigError, UnsupportedModelError
-from dynamo_kvtc.hf.checkpoint import checkpoint_digest, folder_of, read_config, rope_of, shape_of
 from dynamo_kvtc.tier.build import open_tier
 from dynamo_kvtc.tier.identity import EngineCache
 from dynamo_kvtc.tier.metrics import BUCKETS, COUNTERS, GAUGES, HISTOGRAMS, describe
-from dynamo_kvtc.tier.options import WEIGHTS, TierOptions, parse_options
-from dynamo_kvtc.types import ModelIdentity
+from dynamo_kvtc.tier.options import TierOptions, parse_options
 
 CONNECTORS_OWN = ("spec_name", "spec_module_path", "offload_prompt_only", "self_describing_kv_events")
 """Options of kv_connector_extra_config that vLLM's connector reads; the others are the tier's."""
@@ -60,8 +59,8 @@ class KvtcOffloadingSpec(OffloadingSpec):
             engine, options = self._facts, self._options
             artifact = load_artifact(options.artifact, engine.rank)
             cache = EngineCache(
-                *_model_of(engine, options, artifact), tp_rank=engine.rank, tp_size=engine.tp_size,
-                block_tokens=engine.block_tokens,
+                *model_of(engine.model, engine.dtype, options.weights, artifact), tp_rank=engine.rank,
+                tp_size=engine.tp_size, block_tokens=engine.block_tokens,
             )  # fmt: skip
             cache.check(artifact)
             shared = Shared(options, self.kv_events_config.enable_kv_cache_events)
@@ -106,26 +105,3 @@ def check_engine(engine: EngineFacts, options: TierOptions) -> None:
             f"min_tokens is {options.min_tokens}, window {options.window or 0}; vLLM {RELEASE[0]}.{RELEASE[1]} does "
             "not tell a sequence's length when blocks are stored: leave them out"
         )
-
-
-def _model_of(engine: EngineFacts, options: TierOptions, artifact: Artifact) -> tuple[ModelIdentity, Any, Any]:
-    """The engine's model as its checkpoint says: identity, cache shape, RoPE."""
-    config = read_config(engine.model)
-    shape = shape_of(config, engine.dtype)
-    digest = options.weights
-    if digest == WEIGHTS:
-        folder = folder_of(engine.model)
-        if folder is None:
-            raise ConfigError(
-                f"the files of {engine.model!r} are not on this machine, so weights cannot be verified: set weights to "
-                "the digest that `kvtc inspect` shows, if you know that it is this model's"
-            )
-        digest = checkpoint_digest(folder, shape.dtype)
-    architectures = getattr(config, "architectures", None)
-    identity = ModelIdentity(
-        model_id=engine.model,
-        revision=getattr(config, "_commit_hash", None) or "",
-        weights_digest=digest,
-        architecture=architectures[0] if architectures else artifact.manifest.model.architecture,
-    )
-    return identity, shape, rope_of(config, artifact.manifest.rope.style)

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -20,6 +21,7 @@ from dynamo_kvtc.adapters.kvbm.mover import MoverContext
 from dynamo_kvtc.adapters.kvbm.options import Options
 from dynamo_kvtc.adapters.kvbm.step import decode_step, encode_ours, kvbm_request_ids
 from dynamo_kvtc.adapters.kvbm.worker import KvbmWorker
+from tests.adapters.kvbm.parts import coding_rank
 from tests.adapters.kvbm.raw_mover import RawMover
 
 BLOCK = 16
@@ -29,13 +31,19 @@ WAIT_SECONDS = 20.0
 
 
 class Rank:
-    """One rank's pages, filled with what its rank, block and content say, and its worker."""
+    """One rank's pages, filled with what its rank, block and content say, and its worker. coding: through the codec."""
 
-    def __init__(self, rank: int, world: int, mover_options: dict[str, Any], options: dict[str, Any]) -> None:
-        self.pages = torch.zeros(DEVICE_BLOCKS, 4, dtype=torch.int64)
+    def __init__(
+        self, rank: int, world: int, mover_options: dict[str, Any], options: dict[str, Any], coding: bool = False
+    ) -> None:
         self.rank = rank
-        context = MoverContext({"layer.0": self.pages}, DEVICE_BLOCKS, BLOCK, rank, world, mover_options)
-        self.mover = RawMover(context)
+        self.mover: Any
+        if coding:
+            self.pages, self.mover = coding_rank(rank, world, BLOCK, DEVICE_BLOCKS, mover_options)
+        else:
+            self.pages = torch.zeros(DEVICE_BLOCKS, 4, dtype=torch.int64)
+            context = MoverContext({"layer.0": self.pages}, DEVICE_BLOCKS, BLOCK, rank, world, mover_options)
+            self.mover = RawMover(context)
         self.worker = KvbmWorker(endpoints(), DEVICE_BLOCKS, self.mover, Options("tests", **options))
         self.worker.start()
 
@@ -44,13 +52,14 @@ class Engine:
     """A leader, its ranks, and the calls vLLM would make. ``log``: what happened, for the caller."""
 
     def __init__(
-        self, ranks: int = 1, mover_options: dict[str, Any] | None = None, options: dict[str, Any] | None = None
-    ) -> None:
+        self, ranks: int = 1, mover_options: dict[str, Any] | None = None, options: dict[str, Any] | None = None,
+        coding: bool = False,
+    ) -> None:  # fmt: skip
         from kvbm import KvbmLeader
         from kvbm._core import _vllm_integration as rust
 
         self.rust = rust
-        self.ranks = [Rank(i, ranks, mover_options or {}, options or {}) for i in range(ranks)]
+        self.ranks = [Rank(i, ranks, mover_options or {}, options or {}, coding) for i in range(ranks)]
         # Its handshake runs in the background; PyKvConnectorLeader holds the GIL while it waits for it.
         raw = KvbmLeader(ranks, None)
         for rank in self.ranks:
@@ -150,7 +159,7 @@ class Engine:
         counts = [rank.worker.counts() for rank in self.ranks]
         for rank in self.ranks:
             rank.worker.shutdown()
-        return {"counts": counts, "mover": [dict(rank.mover.counts) for rank in self.ranks]}
+        return {"counts": counts, "mover": [dict(getattr(rank.mover, "counts", ())) for rank in self.ranks]}
 
 
 def main() -> None:
@@ -164,6 +173,7 @@ def main() -> None:
     os.environ.setdefault("DYN_KVBM_DISK_CACHE_GB", "0.01")
     os.environ.setdefault("DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS", str(HOST_BLOCKS))
     os.environ.setdefault("DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS", str(DISK_BLOCKS))
+    os.environ.setdefault("DYN_KVBM_DISK_CACHE_DIR", tempfile.mkdtemp(prefix="kvtc-test-"))
     os.environ.setdefault("DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER", "true")
     version = require_kvbm()
     if args.trace:

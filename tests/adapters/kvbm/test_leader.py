@@ -91,3 +91,36 @@ def test_shutdown_with_transfers_in_flight(version):
     seen = scenario(version, "shutdown_mid_transfer")
     assert (seen["open_before"], seen["open_after"]) == (1, 0)
     assert seen["seconds"] < 10
+
+
+@pytest.mark.parametrize("name", ["coded", "coded_two_ranks", "coded_lossy"])
+def test_blocks_go_through_the_codec_to_host_and_disk_and_back(version, name):
+    seen = scenario(version, name)
+    ranks = 2 if name == "coded_two_ranks" else 1
+    if name == "coded_lossy":
+        # Not what it was, but the same from either place.
+        assert all(x > 0 for x in seen["from_host"][0])
+        assert seen["from_disk"] == seen["from_host"]
+    else:
+        assert seen["from_disk"] == seen["from_host"] == [[0.0] * 4] * ranks, "bit for bit"
+    assert seen["errors"] == []
+    # 16 blocks went through 8 host ids; all of them to disk.
+    assert seen["seen"] == [{"stored": 16, "host": 4, "disk": 4, "records": [8, 16]}] * ranks
+    assert [c["failed_stores"] + c["failed_loads"] + c["failed_demotions"] for c in seen["counts"]] == [0] * ranks
+    assert (seen["reset"], seen["after_reset"]) == (True, [0, False])
+
+
+def test_a_match_can_be_cut_short(version):
+    seen = scenario(version, "fewer_than_matched")
+    for n, (matched, there) in enumerate(seen["seen"], 1):
+        assert matched == [96, True]
+        assert there == [1000 + 10 * i for i in range(n)] + [90] * (7 - n)
+    assert seen["stored_again"] == 6
+    assert seen["errors"] == []
+
+
+def test_what_is_stored_again_is_not_what_is_matched(version):
+    seen = scenario(version, "stored_again")
+    assert seen["stored"] == 6
+    assert seen["pages"] == [1000, 1010, 1020]
+    assert seen["errors"] == []

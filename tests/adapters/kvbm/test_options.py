@@ -8,8 +8,47 @@ import pytest
 
 from dynamo_kvtc.adapters.kvbm import _compat
 from dynamo_kvtc.adapters.kvbm.mover import find_factory
-from dynamo_kvtc.adapters.kvbm.options import parse_options
+from dynamo_kvtc.adapters.kvbm.options import TIER_MOVER, parse_coding, parse_options
 from dynamo_kvtc.errors import ConfigError, EngineVersionError, MissingDependencyError
+
+CODING = {"artifact": "model.safetensors", "point": "16"}
+
+
+def test_the_coding_mover_is_the_default():
+    options = parse_options({**CODING, "disk_path": "/x", "queue_mib": 64, "block_bytes": 9000, "half_seconds": 5})
+    assert options.mover == TIER_MOVER
+    assert options.half_seconds == 5.0
+    coding = parse_coding(options.mover_options)
+    assert coding.block_bytes == 9000
+    tier = coding.tier(10**9, 3 * 10**9, "/tmp/own")
+    assert (tier.artifact, tier.point, tier.queue_mib, tier.disk_path) == ("model.safetensors", "16", 64, "/x")
+    assert 0 <= 10**9 - tier.host_bytes <= 1
+    assert 0 <= 3 * 10**9 - tier.disk_bytes <= 1
+    assert parse_coding(CODING).tier(1 << 30, 1 << 30, "/tmp/own").disk_path == "/tmp/own"
+    assert coding.tier(1 << 30, 0, None).disk_path is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({}, "lacks artifact"),
+        ({**CODING, "host_gib": 4}, "host_gib is set by DYN_KVBM_CPU_CACHE_GB"),
+        ({**CODING, "disk_gib": 4}, "disk_gib is set by DYN_KVBM_DISK_CACHE_GB"),
+        ({**CODING, "min_tokens": 4, "write_through": True}, "min_tokens, write_through: KVBM's leader decides"),
+        ({**CODING, "compress": 1}, "unknown options compress; known are artifact, block_bytes, disk_path"),
+        ({**CODING, "mover_options": {}}, "unknown options mover_options"),
+        ({**CODING, "mover": "a:b"}, "unknown options artifact, point"),
+        ({**CODING, "exact": "some"}, "exact is 'some'"),
+        ({**CODING, "queue_mib": 0}, "queue_mib is 0"),
+        ({**CODING, "block_bytes": 0}, "block_bytes is 0"),
+        ({**CODING, "block_bytes": 1.5}, "block_bytes is 1.5"),
+        ({**CODING, "block_bytes": True}, "block_bytes is True"),
+        ({**CODING, "disk_path": 7}, "disk_path is 7"),
+    ],
+)
+def test_bad_options_of_the_coding_mover(extra, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_options(extra)
 
 
 def test_options_have_defaults():
@@ -21,7 +60,7 @@ def test_options_have_defaults():
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ({}, "mover is None"),
+        ({"mover": ""}, "mover is ''"),
         ({"mover": 3}, "mover is 3"),
         ({"mover": "a:b", "host_gb": 4}, "unknown options host_gb; known are half_seconds"),
         ({"mover": "a:b", "mover_options": 3}, "mover_options is a int"),

@@ -1,0 +1,71 @@
+"""What engines say of their model, as the codec needs it: shared by the adapters, imports no engine."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from dynamo_kvtc.errors import ConfigError, UnsupportedModelError
+from dynamo_kvtc.tier.options import WEIGHTS
+from dynamo_kvtc.types import KVShape, ModelIdentity, RopeSpec
+
+if TYPE_CHECKING:
+    from dynamo_kvtc.codec.artifact import Artifact
+
+
+def model_of(model: str, dtype: str, weights: str, artifact: Artifact) -> tuple[ModelIdentity, KVShape, RopeSpec]:
+    """The engine's model as its checkpoint says: identity, the whole model's cache, RoPE.
+
+    model: a folder or a hub name; dtype: of the cache, by name; weights: "verify", or the digest if it is known.
+    Raises ConfigError or UnsupportedModelError.
+    """
+    # Here, so that a connector can be made known to an engine without the libraries behind it.
+    from dynamo_kvtc.hf.checkpoint import checkpoint_digest, folder_of, read_config, rope_of, shape_of
+
+    config: Any = read_config(model)
+    shape = shape_of(config, dtype)
+    digest = weights
+    if digest == WEIGHTS:
+        folder = folder_of(model)
+        if folder is None:
+            raise ConfigError(
+                f"the files of {model!r} are not on this machine, so weights cannot be verified: set weights to "
+                "the digest that `kvtc inspect` shows, if you know that it is this model's"
+            )
+        digest = checkpoint_digest(folder, shape.dtype)
+    architectures = getattr(config, "architectures", None)
+    identity = ModelIdentity(
+        model_id=model,
+        revision=getattr(config, "_commit_hash", None) or "",
+        weights_digest=digest,
+        architecture=architectures[0] if architectures else artifact.manifest.model.architecture,
+    )
+    return identity, shape, rope_of(config, artifact.manifest.rope.style)
+
+
+def layer_index(name: str) -> int:
+    """The first number between dots in a layer's name ("model.layers.7.self_attn.attn"): names sort badly."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    if found is None:
+        raise UnsupportedModelError(f"layer {name!r} has no number in its name")
+    return int(found.group(1))
+
+
+def token_major_views(name: str, tensor: Tensor, shape: KVShape, block_tokens: int) -> tuple[Tensor, Tensor]:
+    """K and V, [blocks, heads, tokens, dim] each, of a layer's cache on a GPU as vLLM has it before 0.31.
+
+    Raises UnsupportedModelError for a layout that is not known.
+    """
+    n, h, d = block_tokens, shape.kv_heads, shape.head_dim
+    if tensor.dim() == 5 and tuple(tensor.shape[1:]) == (2, n, h, d):
+        k, v = tensor.unbind(1)
+    elif tensor.dim() == 5 and tensor.shape[0] == 2 and tuple(tensor.shape[2:]) == (n, h, d):
+        k, v = tensor.unbind(0)
+    else:
+        raise UnsupportedModelError(
+            f"layer {name} caches {tuple(tensor.shape)}; vLLM is known to cache [blocks, 2, {n}, {h}, {d}]: use the "
+            "FlashAttention or FlashInfer backend"
+        )
+    return k.transpose(1, 2), v.transpose(1, 2)

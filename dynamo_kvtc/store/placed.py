@@ -1,0 +1,70 @@
+"""Host and disk side by side, for an engine that decides itself what lies where: a key says which of the two is its.
+
+Nothing moves by itself. What the host or the disk has no room for is evicted, the least recently used first, and
+``on_removed`` tells of it: the budgets are hard, whatever the engine believes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.store import Lease, Record, Store, StoreStats, check_key
+from dynamo_kvtc.store.disk import DiskStore
+from dynamo_kvtc.store.host import HostStore
+from dynamo_kvtc.store.tiered import TieredStore
+
+Place = Callable[[bytes], str]
+"""The tier a key's record lies in: "host" or "disk"."""
+
+
+class PlacedStore(TieredStore):
+    def __init__(
+        self, host: HostStore | None, disk: DiskStore | None, place: Place,
+        on_moved: Callable[[bytes, str], None] | None = None, on_removed: Callable[[bytes], None] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(host, disk, on_moved=on_moved, on_removed=on_removed)
+        self._place = place
+
+    def put(self, key: bytes, record: Record) -> bool:
+        """False, too, if the key's tier is not there."""
+        check_key(key)
+        tier = self._of(key)
+        if tier is None or not tier.put(key, record):
+            return False
+        if tier is self.host:
+            self._moved(key, "host")  # the disk tells of itself, after the sync
+        return True
+
+    def stored(self, key: bytes) -> None:
+        self._moved(key, "host")
+
+    def get_many(self, keys: Sequence[bytes]) -> list[Lease | None]:
+        leases: list[Lease | None] = [None] * len(keys)
+        for tier in self._tiers():
+            own = [i for i, key in enumerate(keys) if self._of(key) is tier]
+            for i, lease in zip(own, tier.get_many([keys[i] for i in own]), strict=True):
+                leases[i] = lease
+        hits = sum(lease is not None for lease in leases)
+        with self._lock:
+            self._counts["hits"] += hits
+            self._counts["misses"] += len(keys) - hits
+        return leases
+
+    def tier_of(self, key: bytes) -> str | None:
+        tier = self._of(key)
+        return self._place(key) if tier is not None and tier.contains(key) else None
+
+    def stats(self) -> StoreStats:
+        """As ``TieredStore``'s; evictions: from either."""
+        return replace(super().stats(), evictions=sum(tier.stats().evictions for tier in self._tiers()))
+
+    def _of(self, key: bytes) -> Store | None:
+        name = self._place(key)
+        if name not in ("host", "disk"):
+            raise ConfigError(f"a key's place is {name!r}; it must be 'host' or 'disk'")
+        return self.host if name == "host" else self.disk
+
+    def _host_evicted(self, key: bytes, lease: Lease | None) -> None:
+        self._removed(key)
