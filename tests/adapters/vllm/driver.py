@@ -4,28 +4,18 @@ one JSON object: ``python -m tests.adapters.vllm.driver SCENARIO MODEL_DIR WORK_
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-BLOCK = 32
-DTYPE = "float32"
-"""Twice the bytes, but a CPU without bfloat16 arithmetic takes seven times as long with it."""
-
-
-def prompt_of(i: int, tokens: int) -> list[int]:
-    """Token ids as a text of this model might have, without a tokenizer's time: reproducible, all prompts differ."""
-    return [1 + (i * 7919 + j * 104729 + j * j * 31) % 48000 for j in range(tokens)]
+from tests.adapters import engine_driver
+from tests.adapters.engine_driver import BLOCK, prompt_of, run, same
 
 
 def engine(
     tier: dict[str, Any], device_blocks: int, transfer: dict[str, Any] | None = None, **extra: Any
 ) -> Any:  # fmt: skip
-    from vllm import LLM
-    from vllm.config import KVTransferConfig
-
     config: dict[str, Any] = {
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
@@ -34,23 +24,7 @@ def engine(
         },
         **(transfer or {}),
     }  # fmt: skip
-    options = {
-        "model": sys.argv[2],
-        "enforce_eager": True,
-        "distributed_executor_backend": "uni",
-        "block_size": BLOCK,
-        "num_gpu_blocks_override": device_blocks,
-        "max_model_len": 1024,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 256,
-        "enable_prefix_caching": True,
-        "seed": 0,
-        "dtype": DTYPE,
-        "disable_log_stats": True,
-        "kv_transfer_config": KVTransferConfig(**config),
-        **extra,
-    }
-    return LLM(**options)
+    return engine_driver.engine(sys.argv[2], config, device_blocks, **extra)
 
 
 def shared() -> Any:
@@ -58,30 +32,6 @@ def shared() -> Any:
     from dynamo_kvtc.adapters.vllm import shared as module
 
     return next(iter(module._engines.values()))
-
-
-def run(llm: Any, prompts: list[list[int]], tokens: int = 16, params: list[dict[str, Any] | None] | None = None) -> Any:
-    """For each prompt its tokens and their log-probabilities, how many of its tokens were cached, and why it ended."""
-    from vllm import SamplingParams
-
-    sampling = [
-        SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1,
-            extra_args={"kv_transfer_params": p} if p else None,
-        )
-        for p in (params or [None] * len(prompts))
-    ]  # fmt: skip
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-    result = []
-    for output in outputs:
-        done = output.outputs[0]
-        logprobs = [float(step[t].logprob) for t, step in zip(done.token_ids, done.logprobs, strict=True)]
-        result.append([list(done.token_ids), logprobs, output.num_cached_tokens, done.finish_reason])
-    return result
-
-
-def same(a: Any, b: Any) -> list[bool]:
-    return [x[:2] == y[:2] for x, y in zip(a, b, strict=True)]
 
 
 def counted(names: dict[str, tuple[str, ...]]) -> dict[str, float]:
@@ -378,9 +328,7 @@ def refused() -> dict[str, Any]:
 
 
 def main() -> None:
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    engine_driver.set_environment()
     result = globals()[sys.argv[1]]()
     print(json.dumps(result))
 
