@@ -4,7 +4,9 @@
 # mypy: disable-error-code="misc"
 from __future__ import annotations
 
+import numba
 import numpy as np
+import torch
 from numba import njit, prange
 
 from dynamo_kvtc.ops.rans.tables import MAX_NARROW_SYMBOL
@@ -16,6 +18,16 @@ _WORD = np.uint32(0xFFFF)
 _CHUNK_LANES = 4096
 
 
+def _take_threads() -> None:
+    """As many as torch takes in this thread, and torch as many as before: numba takes one per core, whatever
+    OMP_NUM_THREADS says, and where both use OpenMP its start raises torch's number to that. Threads that wait for each
+    other beside a busy process, such as an engine, cost several times what they bring."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 def encode(symbols, classes, offsets, first, frequencies, starts, shift, alphabet, split):
     tokens, rank = symbols.shape
     # Worst case per symbol: one word for its table part and one for its raw bits.
@@ -23,6 +35,7 @@ def encode(symbols, classes, offsets, first, frequencies, starts, shift, alphabe
     lengths = np.zeros(tokens * split, dtype=np.int64)
     parts: list[np.ndarray] = []
     step = max(1, _CHUNK_LANES // split)
+    _take_threads()
     for start in range(0, tokens, step):
         part, lanes = slice(start, start + step), slice(start * split, (start + step) * split)
         buffer = np.empty((len(lengths[lanes]), width), dtype=np.uint16)
@@ -39,6 +52,7 @@ def decode(words, lengths, classes, offsets, first, frequencies, starts, slots, 
     starts_at = np.cumsum(lengths) - lengths
     symbols = np.empty((len(lengths) // split, len(classes)), dtype=np.int16)
     bad = np.zeros(len(lengths), dtype=np.bool_)
+    _take_threads()
     _decode(
         words, starts_at, lengths, classes, offsets, first, frequencies, starts, slots, shift, alphabet, split,
         symbols, bad,
