@@ -43,6 +43,7 @@ def counted(names: dict[str, tuple[str, ...]]) -> dict[str, float]:
 COUNTS = {
     "stored": ("kvtc_stored_blocks", "stored"),
     "refused": ("kvtc_stored_blocks", "queue_full"),
+    "no_room": ("kvtc_stored_blocks", "no_room"),
     "loaded": ("kvtc_loaded_blocks", "loaded"),
     "failed": ("kvtc_loaded_blocks", "failed"),
     "hits_host": ("kvtc_lookup_blocks", "hit", "host"),
@@ -240,12 +241,13 @@ def distributions(llm: Any, texts: list[list[list[int]]], params: dict[str, Any]
 
 
 def lossy() -> dict[str, Any]:
-    """Coded records: KL of continuations after a restored context against the same after a local one, the ratio, and
-    the time to the first token. Argument 5: a file of [[context ids, continuation ids], ...]."""
+    """Coded records: KL of continuations after a restored context against the same after a local one, the ratio, and,
+    if asked for, the time to the first token. Argument 5: a file of [[context ids, continuation ids], ...]; 6: the
+    operating point; 7: how many times 1,504 tokens are restored."""
     import numpy as np
 
     texts = json.loads(Path(sys.argv[5]).read_text())
-    tier = {"artifact": sys.argv[4], "host_gib": 0.25}
+    tier = {"artifact": sys.argv[4], "point": sys.argv[6], "host_gib": 0.25}
     llm = engine(tier, 96, max_model_len=2048, max_logprobs=-1, max_num_batched_tokens=2048)
     fresh = iter(range(100, 1000))
     off = {"kvtc": "off"}
@@ -260,24 +262,50 @@ def lossy() -> dict[str, Any]:
     coded = distributions(llm, texts, None)
     result["kl"] = [float((np.exp(p) * (p - q)).sum(axis=1).mean()) for p, q in zip(raw, coded, strict=True)]
     result["after"] = counted(COUNTS)
-    cold, warm = [], []
-    for i in range(3):
+    result["cold_seconds"], result["restored_seconds"], result["cached"] = [], [], []
+    for i in range(int(sys.argv[7])):
         prompt = prompt_of(50 + i, 1504)
         began = time.monotonic()
         run(llm, [prompt], 1)
-        cold.append(time.monotonic() - began)
-        settle()
+        result["cold_seconds"].append(time.monotonic() - began)
         for _ in range(3):
             evict(llm, fresh)
+        settle()
         began = time.monotonic()
-        cached = run(llm, [prompt], 1)[0][2]
-        warm.append(time.monotonic() - began)
-        result["cached"] = cached
-    result["cold_seconds"], result["restored_seconds"] = cold, warm
+        result["cached"].append(run(llm, [prompt], 1)[0][2])
+        result["restored_seconds"].append(time.monotonic() - began)
     registry = shared().metrics.registry
     for name in ("encode", "decode"):
         told = [registry.get_sample_value(f"kvtc_{name}_seconds_{part}") for part in ("sum", "count")]
         result[f"{name}_seconds"] = told
+    llm.llm_engine.engine_core.shutdown()
+    return result
+
+
+def capacity() -> dict[str, Any]:
+    """How many sessions a host budget holds: stored in turn, each looked at again, until the tier has to let one go.
+    Argument 5: a file of sessions' token ids, all of one length; 6: the operating point, or "raw"; 7: bytes."""
+    sessions = json.loads(Path(sys.argv[5]).read_text())
+    kept = {"exact": "all"} if sys.argv[6] == "raw" else {"point": sys.argv[6]}
+    tier = {"artifact": sys.argv[4], "host_gib": int(sys.argv[7]) / (1 << 30), **kept}
+    length = len(sessions[0])
+    llm = engine(tier, length // BLOCK + 3)
+    seen: list[dict[str, float]] = []
+    for session in sessions:
+        run(llm, [session], 1)
+        # vLLM hands over the last blocks in the step after.
+        for _ in range(3):
+            llm.llm_engine.step()
+        settle()
+        seen.append(counted(COUNTS))
+        if seen[-1]["evicted"] or seen[-1]["no_room"]:
+            break
+    whole = [s for s in seen if not s["evicted"] and not s["no_room"]]
+    result: dict[str, Any] = {"stored": len(seen), "held": len(whole), "last": whole[-1] if whole else None}
+    # The first was let go, in part at least; one that is held comes back whole, for all that the device forgot it.
+    result["first_cached"] = run(llm, [sessions[0]], 1)[0][2]
+    result["held_cached"] = run(llm, [sessions[len(seen) // 2]], 1)[0][2]
+    result["counts"] = counted(COUNTS)
     llm.llm_engine.engine_core.shutdown()
     return result
 
