@@ -91,6 +91,16 @@ class EngineDemoConfig:
         )  # fmt: skip
 
     @property
+    def point(self) -> str:
+        """As the calibration names it."""
+        return f"{self.ratio:g}"
+
+    def artifact_path(self, model_id: str) -> Path:
+        return self.out / (
+            f"{model_id}-{self.dtype}-{self.tokens}t-{self.groups}g-{self.ratio:g}x-{self.seed}.safetensors"
+        )
+
+    @property
     def most_tokens(self) -> int:
         """Of a whole conversation; a question is a line."""
         return self.session_tokens + 2 * self.answer_tokens + 64
@@ -146,17 +156,13 @@ def run(config: EngineDemoConfig, progress: Progress, say: Callable[[str], None]
     folder = smollm2_dir() if config.model == "smollm2" else Path(config.model)
     if not folder.is_dir():
         raise ConfigError(f"--model is {config.model!r}; the engine's demo needs a folder, or 'smollm2'")
-    model = load_model(str(folder), dtype=config.dtype)
+    model = load_model(config.model, dtype=config.dtype)
     text, sessions = conversations(model.tokenizer, config.sessions, config.session_tokens)
     seconds["load the model"] = time.perf_counter() - began
 
     began = time.perf_counter()
-    path = config.out / (
-        f"{model.identity.model_id}-{config.dtype}-{config.tokens}t-{config.groups}g-{config.ratio:g}x-{config.seed}"
-        ".safetensors"
-    )
-    calibration = config.calibration()
-    artifact_for(model, path, calibration, config.tokens, config.length, text, progress, say)
+    path = config.artifact_path(model.identity.model_id)
+    artifact_for(model, path, config.calibration(), config.tokens, config.length, text, progress, say)
     seconds["calibrate"] = time.perf_counter() - began
 
     block = config.block_tokens * model.shape.bytes_per_token
@@ -168,8 +174,9 @@ def run(config: EngineDemoConfig, progress: Progress, say: Callable[[str], None]
         with tempfile.TemporaryDirectory(prefix="kvtc-demo-") as scratch:
             if way != "none":
                 tier = {
-                    "artifact": str(path.resolve()), "host_gib": host / GIB, "disk_gib": disk / GIB,
-                    "disk_path": str(Path(scratch) / "disk"), "exact": "all" if way == "raw" else "sinks",
+                    "artifact": str(path.resolve()), "point": config.point, "host_gib": host / GIB,
+                    "disk_gib": disk / GIB, "disk_path": str(Path(scratch) / "disk"),
+                    "exact": "all" if way == "raw" else "sinks",
                 }  # fmt: skip
             job = {
                 "model": str(folder.resolve()), "dtype": config.dtype, "tier": tier, "sessions": sessions,

@@ -47,7 +47,8 @@ def summary(result: EngineDemoResult) -> dict[str, dict[str, Any]]:
 def settings(result: EngineDemoResult) -> dict[str, Any]:
     """What the numbers depend on."""
     config = result.config
-    point = load_artifact(result.artifact_path).manifest.points[0]
+    artifact = load_artifact(result.artifact_path)
+    point = artifact.manifest.points[artifact.point_index(config.point)]
     return {
         "model": result.model.identity.model_id,
         "dtype": config.dtype,

@@ -127,8 +127,8 @@ def test_one_budget_holds_many_times_the_sessions(model, calibrated, tmp_path):
     path.write_text(json.dumps(sessions))
     budget = 512 * (30 * 2 * 3 * 64) * 4 * 103 // 100
     held = {}
-    for name in ("raw", "18", "40"):
-        seen = run("capacity", model, tmp_path, calibrated, path, name, budget)
+    for name, point, exact in (("raw", "18", "all"), ("18", "18", "sinks"), ("40", "40", "sinks")):
+        seen = run("capacity", model, tmp_path, calibrated, path, point, exact, budget)
         held[name] = seen["held"]
         print(name, seen)
         assert seen["stored"] == seen["held"] + 1, "the sessions did not suffice"
@@ -150,6 +150,44 @@ def test_events_and_metrics_reach_the_engine(model, any_artifact, tmp_path):
     assert metrics["vllm:kvtc_loaded_blocks"] > 0
     assert metrics["vllm:kvtc_used_bytes"] > 0
     assert metrics["vllm:kvtc_decode_seconds"] > 0
+
+
+def test_the_demo_shows_hits_of_every_tier(model, calibrated, tmp_path):
+    """``kvtc demo --engine vllm``, small: its table, picture and JSON."""
+    from click.testing import CliRunner
+
+    from dynamo_kvtc.cli.main import main
+    from dynamo_kvtc.demo.engine import EngineDemoConfig
+
+    out = tmp_path / "out"
+    out.mkdir()
+    small = EngineDemoConfig(out, sessions=8, session_tokens=128, returns=1, host_sessions=0.3, answer_tokens=4)
+    small.artifact_path(model.name).symlink_to(calibrated)
+    arguments = ["demo", "--engine", "vllm", "--engine-python", engines() / "vllm" / "bin" / "python", "--out", out,
+                 "--model", model, "--sessions", 8, "--session-tokens", 128, "--returns", 1, "--host-sessions", 0.3,
+                 "--answer-tokens", 4]  # fmt: skip
+    done = CliRunner().invoke(main, [str(x) for x in arguments])
+    assert done.exit_code == 0, done.output
+    print(done.stdout)
+    told = json.loads((out / "engine.json").read_text())
+    assert (out / "engine.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    ways, facts = told["ways"], told["settings"]
+    assert list(ways) == ["none", "raw", "kvtc"]
+    for way in ways.values():
+        assert way["answered"] == len(way["visits"]) == 11
+        assert sum(way["returns_by_place"].values()) == 3
+        assert way["returns_by_place"]["device"] >= 1
+        assert way["held_bytes"]["host"] <= facts["host_bytes"]
+        assert way["held_bytes"]["disk"] <= facts["disk_bytes"]
+        assert way["refused_blocks"] == 0
+    assert ways["none"]["returns_by_place"] == {"device": 1, "host": 0, "disk": 0, "computed": 2}
+    assert ways["raw"]["returns_by_place"]["computed"] >= 1
+    coded = ways["kvtc"]
+    assert coded["returns_by_place"]["computed"] == 0
+    assert coded["returns_by_place"]["host"] + coded["returns_by_place"]["disk"] == 2
+    assert coded["returns_by_place"]["disk"] >= 1
+    assert coded["evicted_blocks"]["host"] > 0
+    assert coded["ratio"] > 6
 
 
 @pytest.mark.parametrize(
