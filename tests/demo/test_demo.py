@@ -225,7 +225,7 @@ def test_conversations_are_all_different_and_fit(chat_tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="ask for fewer sessions"):
         setting.conversations(chat_tokenizer, 100_000, 600)
     with pytest.raises(ConfigError, match="32 tokens beside its question"):
-        setting.conversations(chat_tokenizer, 2, 150)
+        setting.conversations(chat_tokenizer, 2, 120)
 
 
 def test_where_a_context_was() -> None:

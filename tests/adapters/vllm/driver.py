@@ -284,7 +284,8 @@ def lossy() -> dict[str, Any]:
 
 def capacity() -> dict[str, Any]:
     """How many sessions a host budget holds: stored in turn, each looked at again, until the tier has to let one go.
-    Argument 5: a file of sessions' token ids, all of one length; 6: the operating point; 7: what is exact, "all" or "sinks"; 8: bytes."""
+    Argument 5: a file of sessions' token ids, all of one length; 6: the operating point; 7: what is exact, "all" or
+    "sinks"; 8: bytes."""
     sessions = json.loads(Path(sys.argv[5]).read_text())
     tier = {
         "artifact": sys.argv[4], "point": sys.argv[6], "exact": sys.argv[7], "host_gib": int(sys.argv[8]) / (1 << 30),
