@@ -100,20 +100,6 @@ class EngineDemoConfig:
             f"{model_id}-{self.dtype}-{self.tokens}t-{self.groups}g-{self.ratio:g}x-{self.seed}.safetensors"
         )
 
-    @property
-    def most_tokens(self) -> int:
-        """Of a whole conversation; a question is a line."""
-        return self.session_tokens + 2 * self.answer_tokens + 64
-
-    @property
-    def session_blocks(self) -> int:
-        return -(-self.most_tokens // self.block_tokens)
-
-    @property
-    def device_blocks(self) -> int:
-        """vLLM keeps one block for itself."""
-        return int(self.device_sessions * self.session_blocks) + 1
-
     def order(self) -> list[int]:
         """Of second visits: the newest are still on the device, then the oldest, then those in between."""
         n, r = self.sessions, self.returns
@@ -136,10 +122,13 @@ class EngineDemoResult:
     config: EngineDemoConfig
     model: Model
     artifact_path: Path
+    device_blocks: int
     host_bytes: int
     disk_bytes: int
+    session_tokens: int
+    """Of the longest conversation, both visits."""
     session_bytes: int
-    """Of one raw session."""
+    """Of its raw cache."""
     ways: dict[str, WayResult]
     seconds: dict[str, float]
 
@@ -165,8 +154,11 @@ def run(config: EngineDemoConfig, progress: Progress, say: Callable[[str], None]
     artifact_for(model, path, config.calibration(), config.tokens, config.length, text, progress, say)
     seconds["calibrate"] = time.perf_counter() - began
 
-    block = config.block_tokens * model.shape.bytes_per_token
-    session_bytes = config.session_blocks * block
+    longest = max(len(first) + len(second) for first, second in sessions) + 2 * config.answer_tokens
+    session_blocks = -(-longest // config.block_tokens)
+    session_bytes = session_blocks * config.block_tokens * model.shape.bytes_per_token
+    # vLLM keeps one block for itself.
+    device_blocks = int(config.device_sessions * session_blocks) + 1
     host, disk = (int(n * session_bytes) for n in (config.host_sessions, config.disk_sessions))
     ways: dict[str, WayResult] = {}
     for way in WAYS:
@@ -181,12 +173,14 @@ def run(config: EngineDemoConfig, progress: Progress, say: Callable[[str], None]
             job = {
                 "model": str(folder.resolve()), "dtype": config.dtype, "tier": tier, "sessions": sessions,
                 "order": config.order(), "answer_tokens": config.answer_tokens,
-                "device_blocks": config.device_blocks, "block_tokens": config.block_tokens,
-                "max_tokens": config.session_blocks * config.block_tokens,
+                "device_blocks": device_blocks, "block_tokens": config.block_tokens,
+                "max_tokens": session_blocks * config.block_tokens,
             }  # fmt: skip
             ways[way] = _run_way(python, job, Path(scratch), functools.partial(progress, f"vLLM: {way}"))
         seconds[f"vLLM: {way}"] = ways[way].seconds
-    return EngineDemoResult(config, model, path, host, disk, session_bytes, ways, seconds)
+    return EngineDemoResult(
+        config, model, path, device_blocks, host, disk, longest, session_bytes, ways, seconds
+    )  # fmt: skip
 
 
 def engine_python(given: str | None) -> str:

@@ -54,9 +54,9 @@ def settings(result: EngineDemoResult) -> dict[str, Any]:
         "dtype": config.dtype,
         "machine": platform.machine(),
         "sessions": config.sessions,
-        "session_tokens_at_most": config.most_tokens,
+        "session_tokens_at_most": result.session_tokens,
         "raw_session_bytes": result.session_bytes,
-        "device_blocks": config.device_blocks,
+        "device_blocks": result.device_blocks,
         "block_tokens": config.block_tokens,
         "host_bytes": result.host_bytes,
         "disk_bytes": result.disk_bytes,
@@ -89,11 +89,11 @@ def table(result: EngineDemoResult) -> Table:
         f"{facts['device_blocks']} blocks of {facts['block_tokens']}, host {facts['host_bytes'] / 1e6:.0f} MB, disk "
         f"{facts['disk_bytes'] / 1e6:.0f} MB",
         caption="seconds to the first token, medians (how many): first visits, and second ones by where their context "
-        "was found; MB held at the end; blocks that left the host",
+        "was found; MB that the tier holds at the end",
         title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1),
     )  # fmt: skip
-    out.add_column("way")
-    for heading in ("first", *PLACES, "host MB", "disk MB", "evicted", "ratio"):
+    out.add_column("way", no_wrap=True)
+    for heading in ("first", *PLACES, "host MB", "disk MB", "ratio"):
         out.add_column(heading, justify="right", no_wrap=True)
     for way, row in summary(result).items():
         first = len(seconds_of(result.ways[way].visits, 0))
@@ -101,10 +101,7 @@ def table(result: EngineDemoResult) -> Table:
         cells += [_cell(row["return_ttft_seconds_by_place"][p], row["returns_by_place"][p]) for p in PLACES]
         held = row["held_bytes"]
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.1f}"
-        out.add_row(
-            way, *cells, f"{held['host'] / 1e6:.1f}", f"{held['disk'] / 1e6:.1f}", str(row["evicted_blocks"]["host"]),
-            ratio,
-        )  # fmt: skip
+        out.add_row(way, *cells, f"{held['host'] / 1e6:.1f}", f"{held['disk'] / 1e6:.1f}", ratio)
     return out
 
 
