@@ -93,7 +93,7 @@ def table(result: EngineDemoResult) -> Table:
         title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1),
     )  # fmt: skip
     out.add_column("way", no_wrap=True)
-    for heading in ("first", *PLACES, "host MB", "disk MB", "ratio"):
+    for heading in ("first", *PLACES, "host\nMB", "disk\nMB", "ratio"):
         out.add_column(heading, justify="right", no_wrap=True)
     for way, row in summary(result).items():
         first = len(seconds_of(result.ways[way].visits, 0))
