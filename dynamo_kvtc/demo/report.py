@@ -102,9 +102,14 @@ def check_picture() -> None:
     _matplotlib("figure")
 
 
+def figure_of(inches: tuple[float, float]) -> Any:
+    """An empty figure of matplotlib's. Raises MissingDependencyError."""
+    return _matplotlib("figure").Figure(figsize=inches, layout="constrained")
+
+
 def picture(turns: Sequence[Turn], path: Path) -> None:
     """Two panels: bytes held at most, and time to first token by turn. Raises ConfigError if it cannot be written."""
-    figure = _matplotlib("figure").Figure(figsize=(9.5, 4), layout="constrained")
+    figure = figure_of((9.5, 4))
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     rows = summary(turns)
     for x, (name, row) in enumerate(rows.items()):

@@ -32,6 +32,9 @@ QUESTIONS = (
     "Which two modules does the extension interface use?",
 )
 
+TOPICS_FROM = "d"
+"""Documents of many conversations: the reference's topics from this letter on, in order."""
+
 # Shorter lines recur in text of one kind ("See also:", "import sys").
 _TELLING_CHARS = 60
 _HELD_OUT_SEQUENCES = 4
@@ -79,6 +82,39 @@ def prompts(tokenizer: Any, text: str, turns: int) -> list[tuple[str, list[int]]
         out.append((question, list(tokenizer(added, add_special_tokens=False)["input_ids"])))
         messages.append({"role": "assistant", "content": _ANSWER_MARK})
     return out
+
+
+def conversations(tokenizer: Any, sessions: int, tokens: int) -> tuple[str, list[tuple[list[int], list[int]]]]:
+    """So many chats of two turns, each about a part of the reference: all their text, and per chat the tokens of the
+    first turn (at most ``tokens``) and those that the second adds after the answer.
+
+    Raises MissingDependencyError if this Python carries no reference topics, ConfigError if they do not suffice.
+    """
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ImportError as exc:
+        raise MissingDependencyError("this Python carries no pydoc topics; the demo needs them") from exc
+    room = tokens - sum(len(ids) for _, ids in prompts(tokenizer, "", 1))
+    pieces: list[str] = []
+    for name in sorted(topics, key=str.lower):
+        if name.lower() < TOPICS_FROM or len(pieces) == sessions:
+            continue
+        ids = tokenizer(topics[name], add_special_tokens=False)["input_ids"]
+        # A few tokens less than there is room for: decoded and coded again a text may have one more.
+        step = max(1, room - 8)
+        parts = [ids[i : i + step] for i in range(0, len(ids), step)]
+        pieces += [tokenizer.decode(part) for part in parts if len(part) == step]
+        pieces = pieces[:sessions]
+    if room < 32 or len(pieces) < sessions:
+        raise ConfigError(
+            f"--sessions {sessions} of --session-tokens {tokens}: the reference has {len(pieces)} such texts; a first "
+            "turn needs 32 tokens beside its question: ask for fewer sessions, or shorter ones (but not that short)"
+        )
+    out = []
+    for text in pieces:
+        (_, first), (_, second) = prompts(tokenizer, text, 2)
+        out.append((first[:tokens], second))
+    return "\n".join(pieces), out
 
 
 def check_unseen(tokenizer: Any, text: str, sequences: Sequence[Tensor]) -> None:

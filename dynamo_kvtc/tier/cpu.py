@@ -25,8 +25,10 @@ class CpuTranscoder:
 
     def __init__(self, codec: BlockCodec, pages: Pages) -> None:
         self._codec, self._pages = codec, pages
+        self._threads = torch.get_num_threads()
         self.block_tokens = pages.block_tokens
         self.raw_block_bytes = self.held_block_bytes = pages.block_tokens * codec.shape.bytes_per_token
+        self._warm_up()
 
     def fence(self) -> None:
         return None
@@ -36,6 +38,7 @@ class CpuTranscoder:
         return (blocks, *self._pages.read([b.block_id for b in blocks]))
 
     def encode(self, staged: Staged, put: Put) -> tuple[list[bool], list[int], ExactCounts]:
+        self._take_threads()
         blocks, k, v = staged
         positions = torch.cat([torch.arange(b.first_position, b.first_position + self.block_tokens) for b in blocks])
         whole = torch.tensor([b.exact for b in blocks]).repeat_interleave(self.block_tokens)
@@ -49,6 +52,7 @@ class CpuTranscoder:
     def promise(
         self, keys: Sequence[bytes], leases: Sequence[Lease], tiers: Sequence[str], prove: bool
     ) -> list[Promise | Exception]:
+        self._take_threads()
         decoded = self._decode(leases)
         out: list[Promise | Exception] = []
         for key, lease, tier, found in zip(keys, leases, tiers, decoded, strict=True):
@@ -74,6 +78,20 @@ class CpuTranscoder:
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _warm_up(self) -> None:
+        """Loads compiled code now: else the first request to come back waits a second or two for it."""
+        s = self._codec.shape
+        zeros = torch.zeros(s.layers, s.kv_heads, self.block_tokens, s.head_dim, dtype=s.torch_dtype)
+        block = self._codec.encode_block(zeros, zeros, torch.arange(self.block_tokens))
+        self._codec.decode_block(block.record)
+
+    def _take_threads(self) -> None:
+        """As many as torch has on the engine's thread: a new thread may come with one per core, and those wait for each
+        other in vain where the engine keeps the cores busy."""
+        if torch.get_num_threads() != self._threads:
+            # Not torch's public name: vLLM puts a function there that does nothing, for the sake of its own threads.
+            torch._C.set_num_threads(self._threads)
 
     def _decode(self, leases: Sequence[Lease]) -> list[tuple[Tensor, Tensor, int] | Exception]:
         """At once if all are sound, which is the rule; else one by one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.codec.policy import ExactPolicy
 from dynamo_kvtc.demo import setting
 from dynamo_kvtc.demo.conversation import Coded, Raw, Recompute, converse
+from dynamo_kvtc.demo.engine import where
 from dynamo_kvtc.demo.report import summary
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.hf.model import Model, load_model
@@ -191,3 +193,44 @@ def test_a_lossless_way_diverges_by_nothing_and_one_that_forgets_does(chat_folde
         assert forgot.kl > 0.01 * forgot.tokens
         assert turn.ways["copy"].answer == turn.ways["raw"].answer
     assert summary(turns)["kvtc"]["kl"] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine", "vllm"], "has no vLLM: `make engines ENGINE_PARTS=vllm`"),
+        (["--engine", "vllm", "--engine-python", sys.executable], "has no vLLM: `make engines ENGINE_PARTS=vllm`"),
+        (["--engine", "vllm", "--engine-python", "/no/such/python"], "cannot be run"),
+        (["--engine", "vllm", "--turns", "3"], "--turns: not with --engine"),
+        (["--sessions", "3"], "--sessions: only with --engine"),
+        (["--engine", "vllm", "--sessions", "3"], "at least 6 sessions"),
+        (["--engine", "vllm", "--host-sessions", "0"], "--host-sessions is 0.0; it must be 0.1 to 1000"),
+    ],
+)
+def test_the_engines_demo_says_what_it_needs(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "out"), *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr.splitlines()[-1]
+
+
+def test_conversations_are_all_different_and_fit(chat_tokenizer: Any) -> None:
+    text, chats = setting.conversations(chat_tokenizer, 5, 600)
+    assert len(chats) == len({tuple(first) for first, _ in chats}) == 5
+    assert all(500 < len(first) <= 600 for first, _ in chats)
+    assert all(setting.QUESTIONS[1] in chat_tokenizer.decode(second) for _, second in chats)
+    assert chat_tokenizer.decode(chats[4][0])[200:300] in text
+    with pytest.raises(ConfigError, match="ask for fewer sessions"):
+        setting.conversations(chat_tokenizer, 100_000, 600)
+    with pytest.raises(ConfigError, match="32 tokens beside its question"):
+        setting.conversations(chat_tokenizer, 2, 120)
+
+
+def test_where_a_context_was() -> None:
+    visit = {"cached_tokens": 320, "prompt_tokens": 400, "host_blocks": 0, "disk_blocks": 0}
+    assert where(visit, 32) == "device"
+    assert where(visit | {"host_blocks": 3}, 32) == "host"
+    assert where(visit | {"host_blocks": 3, "disk_blocks": 1}, 32) == "disk"
+    assert where(visit | {"cached_tokens": 96, "disk_blocks": 3}, 32) == "computed"

@@ -8,6 +8,9 @@ The other options are ``tier.options.TierOptions``'. READ FIRST: manager.py (the
 other), spec.py (what is refused at start), layout.py (where K and V lie in a page), _compat.py (releases' differences).
 ``KvtcOffloadingConnector`` (kv_connector_module_path: this package) is vLLM's connector that also reports pages a load
 could not fill, so that a GPU that finds a record bad leads to a recompute and not to the engine's end.
+vLLM does not tell a spec how long a step's tokens took, so nothing feeds the guard against slow loads: where one is
+wanted, set ``prefill_tokens_per_second`` (without it no load is declined).
+serve_demo.py is a program: the engine of ``kvtc demo --engine vllm``.
 vLLM is imported when one of the names is asked for.
 """
 

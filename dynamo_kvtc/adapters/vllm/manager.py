@@ -34,8 +34,9 @@ REFRESH_SECONDS = 1.0
 PREFIX = "vllm:"
 """Of metrics' names in vLLM's registry: what it looks for."""
 EMPTY_STEP_SECONDS = 0.002
-"""A step that took less ran no model: the scheduler is only asking again. It then waits this long for an answer, so
-that it does not keep the interpreter from the thread that works on it."""
+"""A step that took less ran no model: the scheduler is only asking again. It then waits this long for an answer, or
+a load, so that it does not keep the interpreter from the thread that works on it. On a CPU the model runs on the
+scheduler's own thread, so it is that thread's time that counts: a busy machine makes empty steps long."""
 ANSWER_SECONDS = 10.0
 """How long a request may wait for its promises: a thread that hangs must not hang it."""
 PROMISED_BYTES = 4 << 30
@@ -96,6 +97,8 @@ class Manager(OffloadingManager):
         assert shared.tier is not None
         self._shared, self._tier, self._block_tokens = shared, shared.tier, block_tokens
         self._lock = threading.Condition()
+        self._on_cpu = self._tier.transcoder.staged_is_free
+        self._clock = time.thread_time if self._on_cpu else time.monotonic
         self._step_ended = 0.0
         self._requests: dict[str, _Request] = {}
         self._waiting = 0
@@ -137,12 +140,21 @@ class Manager(OffloadingManager):
             wanting = [r for r in self._requests.values() if r.wanted and not r.asked]
         for request in wanting:
             self._ask(request)
-        if time.monotonic() - self._step_ended < EMPTY_STEP_SECONDS:
-            with self._lock:
-                waiting = self._waiting
-                if waiting:
-                    self._lock.wait_for(lambda: self._waiting < waiting, EMPTY_STEP_SECONDS)
-        self._step_ended = time.monotonic()
+        if self._clock() - self._step_ended < EMPTY_STEP_SECONDS:
+            self._wait_a_little()
+        self._step_ended = self._clock()
+
+    def _wait_a_little(self) -> None:
+        with self._lock:
+            waiting = self._waiting
+            if waiting:
+                self._lock.wait_for(lambda: self._waiting < waiting, EMPTY_STEP_SECONDS)
+                return
+        if self._on_cpu:
+            with self._shared.loads_changed:
+                loads = self._shared.loads
+                if loads:
+                    self._shared.loads_changed.wait_for(lambda: self._shared.loads < loads, EMPTY_STEP_SECONDS)
 
     def has_pending_work(self) -> bool:
         with self._lock:

@@ -26,6 +26,9 @@ class Shared:
         """Whether vLLM hears of pages that a load could not fill; without that such a load ends the engine."""
         self.names: dict[bytes, bytes] = {}
         """The engine's key of a record's, for events alone."""
+        self.loads = 0
+        """Under way. Under ``loads_changed``."""
+        self.loads_changed = threading.Condition()
         self._lock = threading.Lock()
         self._where: dict[bytes, str] = {}
         self._events: deque[tuple[bytes, str, bool]] = deque()

@@ -43,10 +43,12 @@ class Worker(OffloadingWorker):
     def submit_load(self, job_id: int, src_spec: LoadPromises, dst_spec: GPULoadStoreSpec) -> bool:
         blocks = self._blocks(dst_spec, [p.key for p in src_spec.promises], None)
         began = self._begin(job_id)
+        self._count_loads(1)
 
         def done(failed: Collection[bytes]) -> None:
             bad = [b.block_id for b in blocks if b.key in set(failed)]
             self._end(job_id, began, len(blocks) - len(bad), bad)
+            self._count_loads(-1)
 
         if not self._tier.load(blocks, done, src_spec.promises, self._tier.fence()):
             for promise in src_spec.promises:
@@ -93,6 +95,11 @@ class Worker(OffloadingWorker):
             begin = int(pages.block_indices[0]) * self._block_tokens
             firsts = [begin + i * self._block_tokens for i in range(len(keys))]
         return [Block(key, i, first) for key, i, first in zip(keys, ids, firsts, strict=True)]
+
+    def _count_loads(self, change: int) -> None:
+        with self._shared.loads_changed:
+            self._shared.loads += change
+            self._shared.loads_changed.notify_all()
 
     def _begin(self, job_id: int) -> float:
         with self._ended:

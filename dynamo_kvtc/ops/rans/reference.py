@@ -4,7 +4,11 @@
 # mypy: disable-error-code="misc"
 from __future__ import annotations
 
+from contextlib import contextmanager
+
+import numba
 import numpy as np
+import torch
 from numba import njit, prange
 
 from dynamo_kvtc.ops.rans.tables import MAX_NARROW_SYMBOL
@@ -14,6 +18,21 @@ _MASK = np.uint32((1 << _BITS) - 1)
 _LOW = np.uint32(1 << 16)
 _WORD = np.uint32(0xFFFF)
 _CHUNK_LANES = 4096
+
+
+@contextmanager
+def _torchs_threads():
+    """As many as torch takes in this thread, and torch as many as before: numba takes one per core, whatever
+    OMP_NUM_THREADS says, and where both use OpenMP its start raises torch's number to that. Threads that wait for each
+    other beside a busy process, such as an engine, cost several times what they bring."""
+    threads = torch.get_num_threads()
+    try:
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            # Not torch's public name: an engine may have put a function there that does nothing.
+            torch._C.set_num_threads(threads)
 
 
 def encode(symbols, classes, offsets, first, frequencies, starts, shift, alphabet, split):
@@ -26,10 +45,11 @@ def encode(symbols, classes, offsets, first, frequencies, starts, shift, alphabe
     for start in range(0, tokens, step):
         part, lanes = slice(start, start + step), slice(start * split, (start + step) * split)
         buffer = np.empty((len(lengths[lanes]), width), dtype=np.uint16)
-        _encode(
-            symbols[part], classes, offsets[part], first, frequencies, starts, shift, alphabet, split, buffer,
-            lengths[lanes],
-        )  # fmt: skip
+        with _torchs_threads():
+            _encode(
+                symbols[part], classes, offsets[part], first, frequencies, starts, shift, alphabet, split, buffer,
+                lengths[lanes],
+            )  # fmt: skip
         parts.extend(row[width - n :] for row, n in zip(buffer, lengths[lanes], strict=True))
     words = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint16)
     return words, lengths
@@ -39,10 +59,11 @@ def decode(words, lengths, classes, offsets, first, frequencies, starts, slots, 
     starts_at = np.cumsum(lengths) - lengths
     symbols = np.empty((len(lengths) // split, len(classes)), dtype=np.int16)
     bad = np.zeros(len(lengths), dtype=np.bool_)
-    _decode(
-        words, starts_at, lengths, classes, offsets, first, frequencies, starts, slots, shift, alphabet, split,
-        symbols, bad,
-    )  # fmt: skip
+    with _torchs_threads():
+        _decode(
+            words, starts_at, lengths, classes, offsets, first, frequencies, starts, slots, shift, alphabet, split,
+            symbols, bad,
+        )  # fmt: skip
     return symbols, bad
 
 

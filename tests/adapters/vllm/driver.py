@@ -4,28 +4,18 @@ one JSON object: ``python -m tests.adapters.vllm.driver SCENARIO MODEL_DIR WORK_
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-BLOCK = 32
-DTYPE = "float32"
-"""Twice the bytes, but a CPU without bfloat16 arithmetic takes seven times as long with it."""
-
-
-def prompt_of(i: int, tokens: int) -> list[int]:
-    """Token ids as a text of this model might have, without a tokenizer's time: reproducible, all prompts differ."""
-    return [1 + (i * 7919 + j * 104729 + j * j * 31) % 48000 for j in range(tokens)]
+from tests.adapters import engine_driver
+from tests.adapters.engine_driver import BLOCK, prompt_of, run, same
 
 
 def engine(
     tier: dict[str, Any], device_blocks: int, transfer: dict[str, Any] | None = None, **extra: Any
 ) -> Any:  # fmt: skip
-    from vllm import LLM
-    from vllm.config import KVTransferConfig
-
     config: dict[str, Any] = {
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
@@ -34,23 +24,7 @@ def engine(
         },
         **(transfer or {}),
     }  # fmt: skip
-    options = {
-        "model": sys.argv[2],
-        "enforce_eager": True,
-        "distributed_executor_backend": "uni",
-        "block_size": BLOCK,
-        "num_gpu_blocks_override": device_blocks,
-        "max_model_len": 1024,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 256,
-        "enable_prefix_caching": True,
-        "seed": 0,
-        "dtype": DTYPE,
-        "disable_log_stats": True,
-        "kv_transfer_config": KVTransferConfig(**config),
-        **extra,
-    }
-    return LLM(**options)
+    return engine_driver.engine(sys.argv[2], config, device_blocks, **extra)
 
 
 def shared() -> Any:
@@ -58,30 +32,6 @@ def shared() -> Any:
     from dynamo_kvtc.adapters.vllm import shared as module
 
     return next(iter(module._engines.values()))
-
-
-def run(llm: Any, prompts: list[list[int]], tokens: int = 16, params: list[dict[str, Any] | None] | None = None) -> Any:
-    """For each prompt its tokens and their log-probabilities, how many of its tokens were cached, and why it ended."""
-    from vllm import SamplingParams
-
-    sampling = [
-        SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1,
-            extra_args={"kv_transfer_params": p} if p else None,
-        )
-        for p in (params or [None] * len(prompts))
-    ]  # fmt: skip
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-    result = []
-    for output in outputs:
-        done = output.outputs[0]
-        logprobs = [float(step[t].logprob) for t, step in zip(done.token_ids, done.logprobs, strict=True)]
-        result.append([list(done.token_ids), logprobs, output.num_cached_tokens, done.finish_reason])
-    return result
-
-
-def same(a: Any, b: Any) -> list[bool]:
-    return [x[:2] == y[:2] for x, y in zip(a, b, strict=True)]
 
 
 def counted(names: dict[str, tuple[str, ...]]) -> dict[str, float]:
@@ -93,6 +43,7 @@ def counted(names: dict[str, tuple[str, ...]]) -> dict[str, float]:
 COUNTS = {
     "stored": ("kvtc_stored_blocks", "stored"),
     "refused": ("kvtc_stored_blocks", "queue_full"),
+    "no_room": ("kvtc_stored_blocks", "no_room"),
     "loaded": ("kvtc_loaded_blocks", "loaded"),
     "failed": ("kvtc_loaded_blocks", "failed"),
     "hits_host": ("kvtc_lookup_blocks", "hit", "host"),
@@ -290,13 +241,14 @@ def distributions(llm: Any, texts: list[list[list[int]]], params: dict[str, Any]
 
 
 def lossy() -> dict[str, Any]:
-    """Coded records: KL of continuations after a restored context against the same after a local one, the ratio, and
-    the time to the first token. Argument 5: a file of [[context ids, continuation ids], ...]."""
+    """Coded records: KL of continuations after a restored context against the same after a local one, the ratio, and,
+    if asked for, the time to the first token. Argument 5: a file of [[context ids, continuation ids], ...]; 6: the
+    operating point; 7: how many times 1,504 tokens are restored."""
     import numpy as np
 
     texts = json.loads(Path(sys.argv[5]).read_text())
     # What is predicted is the codec's cost: no exact tail.
-    tier = {"artifact": sys.argv[4], "host_gib": 0.25, "window": 0}
+    tier = {"artifact": sys.argv[4], "point": sys.argv[6], "host_gib": 0.25, "window": 0}
     llm = engine(tier, 96, max_model_len=2048, max_logprobs=-1, max_num_batched_tokens=2048)
     fresh = iter(range(100, 1000))
     off = {"kvtc": "off"}
@@ -311,24 +263,53 @@ def lossy() -> dict[str, Any]:
     coded = distributions(llm, texts, None)
     result["kl"] = [float((np.exp(p) * (p - q)).sum(axis=1).mean()) for p, q in zip(raw, coded, strict=True)]
     result["after"] = counted(COUNTS)
-    cold, warm = [], []
-    for i in range(3):
+    result["cold_seconds"], result["restored_seconds"], result["cached"] = [], [], []
+    for i in range(int(sys.argv[7])):
         prompt = prompt_of(50 + i, 1504)
         began = time.monotonic()
         run(llm, [prompt], 1)
-        cold.append(time.monotonic() - began)
-        settle()
+        result["cold_seconds"].append(time.monotonic() - began)
         for _ in range(3):
             evict(llm, fresh)
+        settle()
         began = time.monotonic()
-        cached = run(llm, [prompt], 1)[0][2]
-        warm.append(time.monotonic() - began)
-        result["cached"] = cached
-    result["cold_seconds"], result["restored_seconds"] = cold, warm
+        result["cached"].append(run(llm, [prompt], 1)[0][2])
+        result["restored_seconds"].append(time.monotonic() - began)
     registry = shared().metrics.registry
     for name in ("encode", "decode"):
         told = [registry.get_sample_value(f"kvtc_{name}_seconds_{part}") for part in ("sum", "count")]
         result[f"{name}_seconds"] = told
+    llm.llm_engine.engine_core.shutdown()
+    return result
+
+
+def capacity() -> dict[str, Any]:
+    """How many sessions a host budget holds: stored in turn, each looked at again, until the tier has to let one go.
+    Argument 5: a file of sessions' token ids, all of one length; 6: the operating point; 7: what is exact, "all" or
+    "sinks"; 8: bytes."""
+    sessions = json.loads(Path(sys.argv[5]).read_text())
+    tier = {
+        "artifact": sys.argv[4], "point": sys.argv[6], "exact": sys.argv[7], "host_gib": int(sys.argv[8]) / (1 << 30),
+        "window": 0,
+    }  # fmt: skip
+    length = len(sessions[0])
+    llm = engine(tier, length // BLOCK + 3, max_model_len=length + BLOCK)
+    seen: list[dict[str, float]] = []
+    for session in sessions:
+        run(llm, [session], 1)
+        # vLLM hands over the last blocks in the step after.
+        for _ in range(3):
+            llm.llm_engine.step()
+        settle()
+        seen.append(counted(COUNTS))
+        if seen[-1]["evicted"] or seen[-1]["no_room"]:
+            break
+    whole = [s for s in seen if not s["evicted"] and not s["no_room"]]
+    result: dict[str, Any] = {"stored": len(seen), "held": len(whole), "last": whole[-1] if whole else None}
+    # The first was let go, in part at least; one that is held comes back whole, for all that the device forgot it.
+    result["first_cached"] = run(llm, [sessions[0]], 1)[0][2]
+    result["held_cached"] = run(llm, [sessions[len(seen) // 2]], 1)[0][2]
+    result["counts"] = counted(COUNTS)
     llm.llm_engine.engine_core.shutdown()
     return result
 
@@ -399,9 +380,7 @@ def refused() -> dict[str, Any]:
 
 
 def main() -> None:
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    engine_driver.set_environment()
     result = globals()[sys.argv[1]]()
     print(json.dumps(result))
 

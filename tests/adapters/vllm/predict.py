@@ -13,13 +13,12 @@ from dynamo_kvtc.hf.model import load_model
 
 
 def predicted_kl(
-    model_dir: Path, artifact: Path, texts: Sequence[tuple[list[int], list[int]]], block_tokens: int,
-    point: str | None = None,
+    model_dir: Path, artifact: Path, texts: Sequence[tuple[list[int], list[int]]], block_tokens: int, point: str
 ) -> list[float]:  # fmt: skip
-    """Mean KL per continuation token of each text. point: the first, if it is not named."""
+    """Mean KL per continuation token of each text."""
     model = load_model(str(model_dir), dtype="float32")
     loaded = load_artifact(artifact)
-    codec = BlockCodec(loaded, point or loaded.manifest.points[0].name)
+    codec = BlockCodec(loaded, point)
     out = []
     for context, continuation in texts:
         ids = torch.tensor(continuation)

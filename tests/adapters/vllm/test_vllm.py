@@ -30,18 +30,28 @@ def any_artifact(model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def calibrated(model, tmp_path_factory) -> Path:
-    """At about 18x; small: what is asked is whether engine and evaluation agree."""
+    """At 18x, 32x and 40x; small: what is asked is whether engine and evaluation agree."""
     from dynamo_kvtc.calibrate.run import CalibrationConfig, calibrate
     from dynamo_kvtc.calibrate.texts import draw_texts
     from dynamo_kvtc.codec.artifact import save_artifact
     from dynamo_kvtc.hf.model import load_model
 
     loaded = load_model(str(model), dtype="float32")
-    config = CalibrationConfig(groups=10, ratios=(18.0,), fisher_sequences=2)
-    manifest, tensors = calibrate(loaded, draw_texts(loaded, ["python"], 6_000, 512, 4), config, lambda *_: None)
+    config = CalibrationConfig(groups=10, ratios=(18.0, 32.0, 40.0), fisher_sequences=2)
+    manifest, tensors = calibrate(loaded, draw_texts(loaded, ["python"], 8_000, 512, 4), config, lambda *_: None)
     path = tmp_path_factory.mktemp("artifact") / "calibrated.safetensors"
     save_artifact(path, manifest, tensors)
     return path
+
+
+def documents(model: Path, topics: tuple[str, ...]) -> list[list[int]]:
+    """Of Python's reference, far from what a small calibration draws."""
+    import pydoc_data.topics
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [tokenizer(pydoc_data.topics.topics[name])["input_ids"] for name in topics]
 
 
 def run(scenario: str, *arguments: Any, timeout: float = 900) -> dict[str, Any]:
@@ -86,26 +96,49 @@ def test_faults_cost_a_recompute(model, any_artifact, tmp_path):
     assert seen["closed"] is True
 
 
-def test_coded_records_cost_what_evaluation_says(model, calibrated, tmp_path):
+@pytest.mark.parametrize(("point", "ratio", "restores"), [("18", 8, 3), ("32", 12, 0)])
+def test_coded_records_cost_what_evaluation_says(model, calibrated, tmp_path, point, ratio, restores):
     """KL within 15% of what the same texts cost without an engine; fewer bytes; a faster first token."""
-    import pydoc_data.topics
-
-    from transformers import AutoTokenizer
-
     from tests.adapters.vllm.predict import predicted_kl
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = [tokenizer(pydoc_data.topics.topics[name])["input_ids"] for name in ("debugger", "formatstrings")]
-    texts = [(x[:384], x[384:400]) for x in ids]
+    texts = [(x[:384], x[384:400]) for x in documents(model, ("debugger", "formatstrings"))]
     path = tmp_path / "texts.json"
     path.write_text(json.dumps(texts))
-    seen = run("lossy", model, tmp_path, calibrated, path)
-    wanted = predicted_kl(model, calibrated, texts, 32)
+    seen = run("lossy", model, tmp_path, calibrated, path, point, restores)
+    wanted = predicted_kl(model, calibrated, texts, 32, point)
+    print({name: seen[name] for name in ("kl", "cold_seconds", "restored_seconds")}, wanted, seen["before"]["ratio"])
     assert seen["kl"] == pytest.approx(wanted, rel=0.15)
-    assert seen["before"]["ratio"] > 8
+    assert seen["before"]["ratio"] > ratio
     assert seen["after"]["loaded"] == 24
-    assert seen["cached"] == 1504
-    assert statistics.median(seen["restored_seconds"]) < statistics.median(seen["cold_seconds"]) / 2
+    assert seen["cached"] == [1504] * restores
+    if restores:
+        # A fifth or less where cores are idle: printed, since here other processes may have them.
+        assert statistics.median(seen["restored_seconds"]) < statistics.median(seen["cold_seconds"]) / 2
+
+
+def test_one_budget_holds_many_times_the_sessions(model, calibrated, tmp_path):
+    """Sessions of 512 tokens, of which the 4 exact ones are under a quarter of the coded bytes at the highest ratio;
+    the budget is one raw session, and room for its headers. Counted on the records in host memory, until the first is
+    let go."""
+    topics = ("debugger", "formatstrings", "specialnames", "typesseq", "types")
+    ids = [token for document in documents(model, topics) for token in document]
+    sessions = [ids[i : i + 512] for i in range(0, len(ids) - 511, 512)]
+    path = tmp_path / "sessions.json"
+    path.write_text(json.dumps(sessions))
+    budget = 512 * (30 * 2 * 3 * 64) * 4 * 103 // 100
+    held = {}
+    for name, point, exact in (("raw", "18", "all"), ("18", "18", "sinks"), ("40", "40", "sinks")):
+        seen = run("capacity", model, tmp_path, calibrated, path, point, exact, budget)
+        held[name] = seen["held"]
+        print(name, seen)
+        assert seen["stored"] == seen["held"] + 1, "the sessions did not suffice"
+        assert seen["first_cached"] < 512
+        assert seen["counts"]["host_bytes"] <= budget
+        if name != "raw":
+            assert seen["held_cached"] == 512
+    assert held["raw"] == 1
+    assert held["18"] >= 12
+    assert held["40"] >= 24
 
 
 def test_a_conversations_tail_is_exact_until_it_has_moved_on(model, any_artifact, tmp_path):
@@ -130,6 +163,44 @@ def test_events_and_metrics_reach_the_engine(model, any_artifact, tmp_path):
     assert metrics["vllm:kvtc_loaded_blocks"] > 0
     assert metrics["vllm:kvtc_used_bytes"] > 0
     assert metrics["vllm:kvtc_decode_seconds"] > 0
+
+
+def test_the_demo_shows_hits_of_every_tier(model, calibrated, tmp_path):
+    """``kvtc demo --engine vllm``, small: its table, picture and JSON."""
+    from click.testing import CliRunner
+
+    from dynamo_kvtc.cli.main import main
+    from dynamo_kvtc.demo.engine import EngineDemoConfig
+
+    out = tmp_path / "out"
+    out.mkdir()
+    small = EngineDemoConfig(out, sessions=8, session_tokens=128, returns=1, host_sessions=0.3, answer_tokens=4)
+    small.artifact_path(model.name).symlink_to(calibrated)
+    arguments = ["demo", "--engine", "vllm", "--engine-python", engines() / "vllm" / "bin" / "python", "--out", out,
+                 "--model", model, "--sessions", 8, "--session-tokens", 128, "--returns", 1, "--host-sessions", 0.3,
+                 "--answer-tokens", 4]  # fmt: skip
+    done = CliRunner().invoke(main, [str(x) for x in arguments])
+    assert done.exit_code == 0, done.output
+    print(done.stdout)
+    told = json.loads((out / "engine.json").read_text())
+    assert (out / "engine.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    ways, facts = told["ways"], told["settings"]
+    assert list(ways) == ["none", "raw", "kvtc"]
+    for way in ways.values():
+        assert way["answered"] == len(way["visits"]) == 11
+        assert sum(way["returns_by_place"].values()) == 3
+        assert way["returns_by_place"]["device"] >= 1
+        assert way["held_bytes"]["host"] <= facts["host_bytes"]
+        assert way["held_bytes"]["disk"] <= facts["disk_bytes"]
+        assert way["refused_blocks"] == 0
+    assert ways["none"]["returns_by_place"] == {"device": 1, "host": 0, "disk": 0, "computed": 2}
+    assert ways["raw"]["returns_by_place"]["computed"] >= 1
+    coded = ways["kvtc"]
+    assert coded["returns_by_place"]["computed"] == 0
+    assert coded["returns_by_place"]["host"] + coded["returns_by_place"]["disk"] == 2
+    assert coded["returns_by_place"]["disk"] >= 1
+    assert coded["evicted_blocks"]["host"] > 0
+    assert coded["ratio"] > 6
 
 
 @pytest.mark.parametrize(
