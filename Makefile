@@ -8,9 +8,13 @@ OUT ?= demo-out
 # Real engines for tests: `make engines ENGINE_PARTS=kvbm` makes some of them.
 KVTC_ENGINES ?= .engines
 ENGINE_PARTS ?= kvbm vllm
+# Processes that tests run in, a file of tests in one of them.
+WORKERS ?= 2
 # Arguments for `kvtc demo`, pytest.
 ARGS ?=
 
+PYTEST := $(VENV)/bin/python -m pytest -q
+SPREAD := -n $(WORKERS) --dist loadfile
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 STAMP := $(VENV)/.made
 
@@ -21,7 +25,7 @@ demo: $(STAMP)
 
 # One thread a process: the tests' tensors are small, and results do not depend on it.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) $(SPREAD) $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -35,15 +39,15 @@ fuzz: $(STAMP)
 # then every test on data it has not seen.
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.soak_tier
-	OMP_NUM_THREADS=1 KVTC_KILLS=100 $(VENV)/bin/python -m pytest -q tests/store/test_crash.py tests/tier/test_killed.py $(ARGS)
-	KVTC_TEST_SEED=fresh OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 KVTC_KILLS=100 $(PYTEST) tests/store/test_crash.py tests/tier/test_killed.py $(ARGS)
+	KVTC_TEST_SEED=fresh OMP_NUM_THREADS=1 $(PYTEST) $(SPREAD) $(ARGS)
 
 # kvbm: three leaders, 20 seconds, 0.6 GB. vllm: 4 minutes on 2 cores, 2.4 GB.
 engines: $(STAMP)
 	tests/engines/install $(KVTC_ENGINES) $(VENV)/bin/python $(ENGINE_PARTS)
 
 test-engines: engines
-	OMP_NUM_THREADS=1 KVTC_ENGINES=$(abspath $(KVTC_ENGINES)) $(VENV)/bin/python -m pytest -q -m engine $(ARGS)
+	OMP_NUM_THREADS=1 KVTC_ENGINES=$(abspath $(KVTC_ENGINES)) $(PYTEST) -m engine $(ARGS)
 
 venv: $(STAMP)
 
