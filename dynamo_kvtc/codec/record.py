@@ -27,6 +27,7 @@ MAX_RECORD_BYTES = 2**32 - 1
 FLAG_GAPS = 1
 
 _FIXED = struct.Struct("<4sBBBBQIIHHBBHI")
+_FIRST = struct.Struct("<20xI")
 _SECTION = struct.Struct("<II")
 FIXED_BYTES = _FIXED.size
 SECTION_BYTES = _SECTION.size
@@ -118,6 +119,12 @@ def build_record(header: RecordHeader, sections: list[bytes]) -> bytes:
     )  # fmt: skip
     unsigned = _FIXED.pack(*fields, 0) + table + tail
     return b"".join([_FIXED.pack(*fields, crc32(unsigned)), table, tail, *sections])
+
+
+def claimed_position(data: bytes | memoryview) -> int:
+    """The position of a record's first token as its header claims it, nothing checked; -1, where no block starts, for
+    what is too short to say."""
+    return int(_FIRST.unpack_from(data)[0]) if len(data) >= _FIRST.size else -1
 
 
 def parse_record(data: bytes | memoryview) -> Record:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dynamo_kvtc.adapters.engine_model import model_of
 from dynamo_kvtc.codec.artifact import Artifact, load_artifact
 from dynamo_kvtc.doctor.line import Line, ok, problem
-from dynamo_kvtc.errors import KvtcError, MissingDependencyError
-from dynamo_kvtc.hf.checkpoint import checkpoint_digest, folder_of, read_config, rope_of, shape_of
-from dynamo_kvtc.types import ModelIdentity
+from dynamo_kvtc.errors import ConfigError, KvtcError, MissingDependencyError
+from dynamo_kvtc.tier.options import WEIGHTS
 
 
 def load(path: str) -> tuple[Line, Artifact | None]:
@@ -24,21 +24,13 @@ def load(path: str) -> tuple[Line, Artifact | None]:
 
 def matches(artifact: Artifact, model: str) -> Line:
     """Reads all of the model's weights: their digest is what binds an artifact."""
-    shape = artifact.manifest.shape
+    dtype = artifact.manifest.shape.dtype
     try:
-        config = read_config(model)
-        folder = folder_of(model)
-        if folder is None:
-            return problem("model", f"the files of {model!r} are not on this machine", "name a folder with the model")
-        identity = ModelIdentity(
-            model_id=model,
-            revision=getattr(config, "_commit_hash", None) or "",
-            weights_digest=checkpoint_digest(folder, shape.dtype),
-            architecture=(getattr(config, "architectures", None) or [artifact.manifest.model.architecture])[0],
-        )
-        artifact.check_model(identity, shape_of(config, shape.dtype), rope_of(config, artifact.manifest.rope.style))
+        artifact.check_model(*model_of(model, dtype, WEIGHTS, artifact))
     except MissingDependencyError as exc:
         return problem("model", "it cannot be looked at", str(exc))
+    except ConfigError as exc:
+        return problem("model", str(exc), "name a folder with the model")
     except KvtcError as exc:
         return problem("model", str(exc), f"kvtc calibrate --model {model} --out NEW.safetensors")
-    return ok("model", f"{model} is the one the artifact was made for ({shape.dtype} cache)")
+    return ok("model", f"{model} is the one the artifact was made for ({dtype} cache)")

@@ -7,7 +7,6 @@ the engine had launched by a fence is waited for on a stream of this side's own,
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,14 +18,12 @@ from torch import Tensor
 from dynamo_kvtc.codec.paged import Blocks, PagedCodec
 from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.codec.policy import ExactCounts
-from dynamo_kvtc.codec.record import Record
+from dynamo_kvtc.codec.record import Record, claimed_position
 from dynamo_kvtc.errors import ConfigError, RecordCorruptError, RecordError, RecordMismatchError
 from dynamo_kvtc.store import Lease
 from dynamo_kvtc.tier.transcode import Block, Promise, Put
 
 _ALIGNMENT = 16
-_FIRST = struct.Struct("<20xI")
-"""A record's first position in its fixed header (codec/FORMAT.md)."""
 SCRATCH_BYTES = 96 << 20
 """Pinned memory that records pass through, each way: more than the codec's largest chunk of them."""
 
@@ -95,7 +92,7 @@ class CudaTranscoder:
         if not prove:
             # The GPU checks all but this, and the position again with the header's checksum.
             return [
-                Promise(key, tier, len(lease), (lease, _claimed_position(lease)), lease.release)
+                Promise(key, tier, len(lease), (lease, claimed_position(lease.record)), lease.release)
                 for key, lease, tier in zip(keys, leases, tiers, strict=True)
             ]
         return [self._promise(key, lease, tier) for key, lease, tier in zip(keys, leases, tiers, strict=True)]
@@ -191,8 +188,3 @@ class CudaTranscoder:
             if fence is not None:
                 stream.wait_event(fence)
             yield
-
-
-def _claimed_position(lease: Lease) -> int:
-    """-1, where no block starts, for what is too short to say."""
-    return int(_FIRST.unpack_from(lease.record)[0]) if len(lease) >= _FIRST.size else -1

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.adapters.engine_driver import BLOCK, prompt_of, run, same, set_environment
 from tests.adapters.kvbm import vllm_driver
-from tests.adapters.kvbm.vllm_driver import BLOCK, prompt_of, run, same
 from tests.adapters.vllm.driver import close_to, distributions
 
 TOKENS = 6
@@ -184,12 +184,8 @@ def refused() -> dict[str, Any]:
 
 
 def main() -> None:
+    set_environment()
     os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_HOST_IP="127.0.0.1",
-        HF_HUB_OFFLINE="1",
-        VLLM_NO_USAGE_STATS="1",
         DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER="true",
         DYN_KVBM_DISK_CACHE_DIR=sys.argv[3],
     )

@@ -9,20 +9,13 @@ import sys
 import time
 from typing import Any
 
-BLOCK = 32
-
-
-def prompt_of(i: int, tokens: int) -> list[int]:
-    """Token ids as a text of this model might have, without a tokenizer's time: reproducible, all prompts differ."""
-    return [1 + (i * 7919 + j * 104729 + j * j * 31) % 48000 for j in range(tokens)]
+from tests.adapters import engine_driver
+from tests.adapters.engine_driver import BLOCK, prompt_of, run, same, set_environment
 
 
 def engine(
     mover_options: dict[str, Any], device_blocks: int, transfer: dict[str, Any] | None = None, **extra: Any
 ) -> Any:
-    from vllm import LLM
-    from vllm.config import KVTransferConfig
-
     config = {
         "kv_connector": "DynamoConnector",
         "kv_connector_module_path": "dynamo_kvtc.adapters.kvbm",
@@ -35,51 +28,7 @@ def engine(
         },
         **(transfer or {}),
     }
-    options = {
-        "model": sys.argv[2],
-        "enforce_eager": True,
-        "distributed_executor_backend": "uni",
-        "block_size": BLOCK,
-        "num_gpu_blocks_override": device_blocks,
-        "max_model_len": 1024,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 256,
-        "enable_prefix_caching": True,
-        "seed": 0,
-        # Twice the bytes, but a CPU without bfloat16 arithmetic takes seven times as long with it.
-        "dtype": os.environ.get("KVTC_TEST_DTYPE", "float32"),
-        "disable_log_stats": True,
-        "kv_transfer_config": KVTransferConfig(**config),
-        **extra,
-    }
-    return LLM(**options)
-
-
-def run(llm: Any, prompts: list[list[int]], tokens: int = 16, params: list[dict[str, Any] | None] | None = None) -> Any:
-    """For each prompt its tokens and their log-probabilities, and how many of its tokens were cached."""
-    from vllm import SamplingParams
-
-    sampling = [
-        SamplingParams(
-            temperature=0,
-            max_tokens=tokens,
-            ignore_eos=True,
-            logprobs=1,
-            extra_args={"kv_transfer_params": p} if p else None,
-        )
-        for p in (params or [None] * len(prompts))
-    ]
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-    result = []
-    for output in outputs:
-        completion = output.outputs[0]
-        logprobs = [float(step[t].logprob) for t, step in zip(completion.token_ids, completion.logprobs, strict=True)]
-        result.append([list(completion.token_ids), logprobs, output.num_cached_tokens, completion.finish_reason])
-    return result
-
-
-def same(a: Any, b: Any) -> list[bool]:
-    return [x[:2] == y[:2] for x, y in zip(a, b, strict=True)]
+    return engine_driver.engine(sys.argv[2], config, device_blocks, **extra)
 
 
 def report(llm: Any, path: str) -> dict[str, Any]:
@@ -185,12 +134,8 @@ def refused() -> dict[str, Any]:
 
 
 def main() -> None:
+    set_environment()
     os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_HOST_IP="127.0.0.1",
-        HF_HUB_OFFLINE="1",
-        VLLM_NO_USAGE_STATS="1",
         DYN_KVBM_CPU_CACHE_GB=os.environ.get("DYN_KVBM_CPU_CACHE_GB", "1"),
         DYN_KVBM_DISK_CACHE_GB=os.environ.get("DYN_KVBM_DISK_CACHE_GB", "4"),
         DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS=os.environ.get("DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS", "64"),
