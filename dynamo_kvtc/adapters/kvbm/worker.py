@@ -49,6 +49,7 @@ class KvbmWorker:
         self._lock = threading.Condition()
         self._failure: BaseException | None = None
         self._stopping = False
+        self._ready = False
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
@@ -60,10 +61,11 @@ class KvbmWorker:
         self._thread.start()
 
     def wait_ready(self, timeout_seconds: float) -> None:
-        """Until the leader's handshake has come through. Raises EngineTimeoutError."""
+        """Until the leader's handshake has come through and its last question is answered: whoever waits here next asks
+        the leader, which holds the GIL until it has that answer. Raises EngineTimeoutError."""
         deadline = time.monotonic() + timeout_seconds
         with self._lock:
-            while not self._ledger.ready:
+            while not self._ready:
                 self._check()
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -186,7 +188,7 @@ class KvbmWorker:
             with self._lock:
                 now = time.monotonic()
                 next_tick = self._ledger.tick(now)
-                stopping = self._stopping
+                stopping, ready = self._stopping, self._ledger.ready
                 if stopping:
                     self._ledger.fail_all()
                 actions = list(self._ledger.outbox)
@@ -197,6 +199,9 @@ class KvbmWorker:
             if stopping:
                 return
             with self._lock:
+                if ready and not self._ready:
+                    self._ready = True
+                    self._lock.notify_all()
                 if self._ledger.outbox:
                     continue
             wait = _LONGEST_WAIT_SECONDS if next_tick is None else min(_LONGEST_WAIT_SECONDS, next_tick - now)

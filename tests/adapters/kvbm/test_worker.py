@@ -137,6 +137,38 @@ def test_no_leader(leader, setting):
         s.worker.wait_ready(0.2)
 
 
+def test_ready_is_who_has_answered(leader, setting, monkeypatch):
+    """Who waited goes on to a call that holds the GIL until the leader has the last answer: a thread that still has to
+    send it never would."""
+    s, may_send = setting(), threading.Event()
+    do = s.worker._do
+
+    def held(action, answers):
+        if getattr(action, "frames", [b""])[0] == leader.next_id.to_bytes(8, "big") and pinged.is_set():
+            asked.set()
+            assert may_send.wait(WAIT_SECONDS)
+        do(action, answers)
+
+    pinged, asked = threading.Event(), threading.Event()
+    monkeypatch.setattr(s.worker, "_do", held)
+    say = leader.say
+
+    def mark(name, payload=b""):
+        if name == "ping":
+            pinged.set()
+        return say(name, payload)
+
+    monkeypatch.setattr(leader, "say", mark)
+    shaking = threading.Thread(target=leader.handshake)
+    shaking.start()
+    assert asked.wait(WAIT_SECONDS)
+    with pytest.raises(EngineTimeoutError):
+        s.worker.wait_ready(0.3)
+    may_send.set()
+    s.worker.wait_ready(WAIT_SECONDS)
+    shaking.join()
+
+
 @pytest.mark.parametrize("payload", [b"{}", b"\x00" * 20])
 def test_nonsense_stops_the_worker_and_the_engine_hears_of_it(leader, setting, payload):
     s = setting()
