@@ -96,6 +96,8 @@ class Leader(KvConnectorLeader):
         self._damaged = Damaged(self._block_tokens)
         self._new_loads: set[str] = set()
         self._failed: set[str] = set()
+        self._cut: set[str] = set()
+        """Requests that load fewer blocks than the leader matched."""
         self._finished: set[str] = set()
 
     # What vLLM's scheduler calls, in the order of a request's life
@@ -109,6 +111,7 @@ class Leader(KvConnectorLeader):
         if asked is not None and asked != num_computed_tokens:
             self._drop(request_id)
         self._asked[request_id] = num_computed_tokens
+        self._cut.discard(request_id)
         self._create_slot(request)
         matched, later = self._connector.get_num_new_matched_tokens(
             request_id, request.num_tokens, num_computed_tokens
@@ -120,7 +123,13 @@ class Leader(KvConnectorLeader):
         kept = self._damaged.cut(_seed(request), request.all_token_ids, first, count)
         if kept == count:
             return matched, later
-        return kept * n, later and kept > 0
+        # The leader ends the process at a step that computes less than it has matched ("device block overflow"): it may
+        # see the load of such a request, and nothing after.
+        if not kept:
+            self._hide(request_id)
+            return 0, False
+        self._cut.add(request_id)
+        return kept * n, later
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         request_id = request.request_id
@@ -174,10 +183,8 @@ class Leader(KvConnectorLeader):
             if ended is not None and request_id not in self._failed:
                 request = ended.request
                 self._damaged.lift(_seed(request), request.all_token_ids, ended.first, len(ended.blocks))
-            if request_id in self._failed:
-                self._failed.discard(request_id)
-                self._drop(request_id)
-                self._unseen.add(request_id)
+            if request_id in self._failed or request_id in self._cut:
+                self._hide(request_id)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         request_id = request.request_id
@@ -188,6 +195,7 @@ class Leader(KvConnectorLeader):
         held = self._drop(request_id)
         self._unseen.discard(request_id)
         self._failed.discard(request_id)
+        self._cut.discard(request_id)
         if not has_blocks or loading or not held:
             return False, None
         self._finished.add(request_id)
@@ -198,6 +206,13 @@ class Leader(KvConnectorLeader):
         return bool(super().reset_cache())
 
     # Inside
+
+    def _hide(self, request_id: str) -> None:
+        """The leader forgets the request and hears no more of it."""
+        self._failed.discard(request_id)
+        self._cut.discard(request_id)
+        self._drop(request_id)
+        self._unseen.add(request_id)
 
     def _drop(self, request_id: str) -> bool:
         """Whether the leader says that the request's device blocks are still in use."""

@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any
 
+from dynamo_kvtc.adapters.kvbm.damaged import FIRST_RETRY
 from tests.adapters import engine_driver
 from tests.adapters.engine_driver import BLOCK, prompt_of, run, same, set_environment
 
@@ -88,8 +89,17 @@ def faults() -> dict[str, Any]:
     }
     os.unlink(switch)
     evict()
-    good = run(llm, prompts)
-    result["after"] = {"cached": [r[2] for r in good], "same": same(local, good)}
+    wary = run(llm, prompts)
+    result["after"] = {
+        "cached": [r[2] for r in wary], "same": [a[0] == b[0] for a, b in zip(local, wary, strict=True)]
+    }  # fmt: skip
+    # What failed is not matched for a while; then once, and it comes well.
+    for _ in range(FIRST_RETRY + 1):
+        evict()
+        good = run(llm, prompts)
+        if any(r[2] for r in good):
+            break
+    result["in_the_end"] = {"cached": [r[2] for r in good], "same": same(local, good)}
 
     private = [prompt_of(50 + i, 140) for i in range(2)]
     run(llm, private, 16, [{"kvtc": "off"}] * 2)
