@@ -73,9 +73,9 @@ def test_exact_blocks_are_those_of_a_local_hit_and_faults_cost_a_recompute(model
     assert phases["damaged"]["failed"] >= 6
     # Known by then: what lies before is loaded. It may have left the host for the damaged disk in the meantime.
     assert phases["known_to_be_damaged"]["failed"] <= 2
-    assert all(cached <= 64 for cached in phases["known_to_be_damaged"]["cached"])
+    assert all(cached <= 64 for cached in phases["known_to_be_damaged"]["cached"]), phases
     assert seen["reset"] is True
-    assert phases["reset"]["cached"] == [0] * 6
+    assert phases["after_reset"]["cached"] == [0] * 6
     assert phases["stored_anew"]["cached"] == [128] * 6
     assert {"kvtc_errors_total['record_RecordCorruptError']", "kvtc_errors_total['disk_corrupt']"} <= set(
         seen["errors"]
