@@ -14,6 +14,9 @@ from dynamo_kvtc.types import KVShape, ModelIdentity, RopeSpec
 if TYPE_CHECKING:
     from dynamo_kvtc.codec.artifact import Artifact
 
+PREFIX = "vllm:"
+"""Of metrics' names in vLLM's registry: what it looks for."""
+
 
 def model_of(model: str, dtype: str, weights: str, artifact: Artifact) -> tuple[ModelIdentity, KVShape, RopeSpec]:
     """The engine's model as its checkpoint says: identity, the whole model's cache, RoPE.

@@ -15,12 +15,12 @@ from dynamo_kvtc.doctor.gpu import PINNED_BYTES, Device
 from dynamo_kvtc.doctor.line import Line, gib, missing, ok, problem
 from dynamo_kvtc.doctor.software import version
 from dynamo_kvtc.store.disk_file import LOCK, MARKER, MIN_BUDGET_BYTES, free_bytes, used_bytes
-from dynamo_kvtc.tier.options import GIB, MIB, available_memory
+from dynamo_kvtc.tier.options import GIB, MIB, TierOptions, available_memory
 
 NATS_SECONDS = 3.0
 NATS_PORT = 4222
-QUEUE_MIB = 512
-"""The tier's default for raw blocks that wait to be coded."""
+QUEUE_MIB = TierOptions.queue_mib
+"""Of raw blocks that wait to be coded, unless it is set."""
 
 
 def memory(host_gib: float, free: int | None = None) -> Line:

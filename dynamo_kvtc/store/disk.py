@@ -36,6 +36,8 @@ from dynamo_kvtc.store.shelf import Shelf
 
 MAX_PARTS = 8
 """Holes a record may be spread over, so that the file needs no sliding together."""
+INDEX_SHARE, LOG_SHARE = 32, 64
+"""A budget over what its index and the index's log may take."""
 _OTHER_BYTES = 64 << 10
 """Marker, lock and the folder itself."""
 
@@ -66,8 +68,8 @@ class DiskStore(Store):
             )
         self.path, self.budget_bytes = Path(path), budget_bytes
         self.on_evicted, self.on_stored, self.on_lost = on_evicted, on_stored, on_lost
-        index_bytes = max(1 << 20, budget_bytes // 32)
-        wal_bytes = max(1 << 20, min(8 << 20, budget_bytes // 64))
+        index_bytes = max(1 << 20, budget_bytes // INDEX_SHARE)
+        wal_bytes = max(1 << 20, min(8 << 20, budget_bytes // LOG_SHARE))
         units = (budget_bytes - index_bytes - wal_bytes - _OTHER_BYTES) // UNIT_BYTES
         self._folder = Folder(self.path, budget_bytes)
         try:

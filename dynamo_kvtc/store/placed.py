@@ -46,11 +46,7 @@ class PlacedStore(TieredStore):
             own = [i for i, key in enumerate(keys) if self._of(key) is tier]
             for i, lease in zip(own, tier.get_many([keys[i] for i in own]), strict=True):
                 leases[i] = lease
-        hits = sum(lease is not None for lease in leases)
-        with self._lock:
-            self._counts["hits"] += hits
-            self._counts["misses"] += len(keys) - hits
-        return leases
+        return self._counted(leases)
 
     def tier_of(self, key: bytes) -> str | None:
         tier = self._of(key)

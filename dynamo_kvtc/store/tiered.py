@@ -86,10 +86,13 @@ class TieredStore(Store):
         if self.disk is not None and missing:
             for i, lease in zip(missing, self.disk.get_many([keys[i] for i in missing]), strict=True):
                 leases[i] = None if lease is None else self._promoted(keys[i], lease)
+        return self._counted(leases)
+
+    def _counted(self, leases: list[Lease | None]) -> list[Lease | None]:
         hits = sum(lease is not None for lease in leases)
         with self._lock:
             self._counts["hits"] += hits
-            self._counts["misses"] += len(keys) - hits
+            self._counts["misses"] += len(leases) - hits
         return leases
 
     def tier_of(self, key: bytes) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 BLOCK = 32
@@ -69,6 +69,21 @@ def run(
         logprobs = [float(step[t].logprob) for t, step in zip(done.token_ids, done.logprobs, strict=True)]
         result.append([list(done.token_ids), logprobs, output.num_cached_tokens, done.finish_reason])
     return result
+
+
+def local_and_restored(llm: Any, settle: Callable[[], None]) -> tuple[list[list[int]], list[Any], list[Any]]:
+    """24 prompts, chunked prefill, batches of 8; the device is to hold one batch. The prompts, what a local prefix hit
+    gives, and the same from below, the last first: they are still in the host's memory."""
+    prompts = [prompt_of(i, 128 + i) for i in range(24)]
+    batches = [prompts[i : i + 8] for i in range(0, 24, 8)]
+    local, restored = [], []
+    for batch in batches:
+        run(llm, batch)
+        local += run(llm, batch)
+        settle()
+    for batch in reversed(batches):
+        restored = run(llm, batch) + restored
+    return prompts, local, restored
 
 
 def same(a: Any, b: Any) -> list[bool]:

@@ -83,7 +83,7 @@ def test_kvtc_keeps_its_promise(tiny_llama, tmp_path):
         assert int(exact.sum()) <= 12
         again = codec.encode_blocks(k_back, v_back, torch.arange(200), exact)
         # FORMAT.md promises the same records of a model with more channels than these.
-        assert sum(block.record == record for block, record in zip(again, records, strict=True)) >= 10
+        assert sum(block.record == record for block, record in zip(again, records, strict=True)) >= 11
     assert losses[0] < losses[1] < 1.4
 
 

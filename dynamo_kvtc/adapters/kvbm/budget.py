@@ -17,6 +17,7 @@ from dynamo_kvtc.codec.artifact import Artifact
 from dynamo_kvtc.codec.record import header_bytes
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.store import disk_file
+from dynamo_kvtc.store.disk import INDEX_SHARE, LOG_SHARE
 from dynamo_kvtc.store.host import COMPACT_FROM, UNIT_BYTES
 
 GB = 10**9
@@ -26,8 +27,8 @@ that the leader counts on. SmolLM2, 18x and 34x, calibrated on Python's sources:
 Beyond it the least recently used records go, and their loads fail: set block_bytes, or calibrate on what is served."""
 SEQUENCE_TOKENS = 1024
 """Of a short sequence: its first, exact tokens are shared out over so many."""
-_DISK_OVERHEAD = 1 / 32 + 1 / 64
-"""Of a disk budget: index and log (store/disk.py)."""
+_DISK_OVERHEAD = 1 / INDEX_SHARE + 1 / LOG_SHARE
+"""Of a disk budget."""
 _DISK_FIXED_BYTES = 3 << 20
 
 

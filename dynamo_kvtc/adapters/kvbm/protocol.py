@@ -138,12 +138,6 @@ def decode_message(frames: Sequence[bytes]) -> Message:
     return Message(int.from_bytes(frames[0], "big"), frames[1].decode("ascii"), bytes(payload))
 
 
-def encode_message(message: Message) -> list[bytes]:
-    """What a leader sends: for tests that play the leader."""
-    frames = [_id(message.id), message.name.encode("ascii")]
-    return [*frames, message.payload] if message.payload else frames
-
-
 def encode_ack(message_id: int) -> list[bytes]:
     return [_id(message_id)]
 
@@ -195,23 +189,6 @@ def decode_transfer(payload: bytes) -> Transfer:
         uuid=text(asked["uuid"], MAX_UUID_CHARS, "uuid"),
         scheduled=asked["request_type"] == "Scheduled",
     )
-
-
-def encode_transfer(transfer: Transfer) -> bytes:
-    """As a leader writes it: for tests that play the leader."""
-    fields: dict[str, Any] = {
-        "from_pool": transfer.source.value,
-        "to_pool": transfer.target.value,
-        "blocks": [list(pair) for pair in transfer.pairs],
-    }
-    if transfer.uuid is not None:
-        fields["connector_req"] = {
-            "request_id": transfer.request_id,
-            "uuid": transfer.uuid,
-            "requirement": None,
-            "request_type": "Scheduled" if transfer.scheduled else "Immediate",
-        }
-    return json.dumps(fields, separators=(",", ":")).encode()
 
 
 def load_json_object(data: bytes, what: str) -> dict[str, Any]:

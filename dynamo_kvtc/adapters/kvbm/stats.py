@@ -8,9 +8,9 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from dynamo_kvtc.adapters.engine_model import PREFIX
 from dynamo_kvtc.tier.metrics import BUCKETS, COUNTERS, GAUGES, HISTOGRAMS, describe
 
-PREFIX = "vllm:"
 _NOTED = "noted"
 
 

@@ -24,6 +24,7 @@ from vllm.v1.kv_offload.base import (
     RequestOffloadingContext,
 )
 
+from dynamo_kvtc.adapters.engine_model import PREFIX
 from dynamo_kvtc.adapters.vllm._compat import end_position, end_positions, medium, sequence_tokens
 from dynamo_kvtc.adapters.vllm.shared import Shared
 from dynamo_kvtc.tier.transcode import Promise
@@ -31,8 +32,6 @@ from dynamo_kvtc.tier.transcode import Promise
 OPT_OUT = "kvtc"
 """``kv_transfer_params={"kvtc": "off"}`` of a request: neither stored nor loaded."""
 REFRESH_SECONDS = 1.0
-PREFIX = "vllm:"
-"""Of metrics' names in vLLM's registry: what it looks for."""
 EMPTY_STEP_SECONDS = 0.002
 """A step that took less ran no model: the scheduler is only asking again. It then waits this long for an answer, or
 a load, so that it does not keep the interpreter from the thread that works on it. On a CPU the model runs on the

@@ -14,10 +14,10 @@ from vllm.v1.kv_offload.base import (
     OffloadingWorker,
 )
 
-from dynamo_kvtc.adapters.engine_model import model_of
+from dynamo_kvtc.adapters.engine_model import PREFIX, model_of
 from dynamo_kvtc.adapters.vllm._compat import KNOWS_SEQUENCES, RELEASE, EngineFacts, facts
 from dynamo_kvtc.adapters.vllm.layout import pages_of
-from dynamo_kvtc.adapters.vllm.manager import PREFIX, Manager
+from dynamo_kvtc.adapters.vllm.manager import Manager
 from dynamo_kvtc.adapters.vllm.shared import Shared, find, publish
 from dynamo_kvtc.adapters.vllm.worker import Worker
 from dynamo_kvtc.codec.artifact import load_artifact

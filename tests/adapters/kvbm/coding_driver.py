@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.adapters.engine_driver import BLOCK, prompt_of, run, same, set_environment
+from tests.adapters.engine_driver import BLOCK, local_and_restored, prompt_of, run, same, set_environment
 from tests.adapters.kvbm import vllm_driver
 from tests.adapters.vllm.driver import close_to, distributions
 
@@ -57,16 +57,10 @@ def told() -> dict[str, float]:
 def exact() -> dict[str, Any]:
     """24 prompts, chunked prefill, batches of 8; the device holds one batch, the host two, the disk all. What a local
     prefix hit gives, then the same from the tier. Then records are damaged in memory and on disk; then a reset."""
+    from dynamo_kvtc.codec.record import claimed_position
+
     llm = engine(60, {"point": "fine", "exact": "all"})
-    prompts = [prompt_of(i, 128 + i) for i in range(24)]
-    batches = [prompts[i : i + 8] for i in range(0, 24, 8)]
-    local, restored = [], []
-    for batch in batches:
-        run(llm, batch)
-        local += run(llm, batch)
-        settle()
-    for batch in reversed(batches):
-        restored = run(llm, batch) + restored
+    prompts, local, restored = local_and_restored(llm, settle)
     settle()
     result: dict[str, Any] = {
         "local_cached": [r[2] for r in local],
@@ -78,42 +72,46 @@ def exact() -> dict[str, Any]:
         "ledger": worker().counts(),
     }
     fresh = iter(range(100, 1000))
-    some, good = prompts[16:22], local[16:22]
+    in_memory, on_disk = slice(16, 22), slice(8, 14)
 
-    def after(name: str) -> None:
+    def after(name: str, which: slice = in_memory) -> None:
         # Once leaves the device a few of the blocks it had computed anew.
         for _ in range(2):
             evict(llm, fresh)
         before = told().get("kvtc_loaded_blocks_total['failed']", 0)
         ledger = worker().counts().get("failed_loads", 0)
-        got = run(llm, some)
+        got = run(llm, prompts[which])
         settle()
         result[name] = {
-            "cached": [r[2] for r in got], "right": close_to(good, got), "ended": [r[3] for r in got],
+            "cached": [r[2] for r in got], "right": close_to(local[which], got), "ended": [r[3] for r in got],
             "failed": told().get("kvtc_loaded_blocks_total['failed']", 0) - before,
             "failed_in_ledger": worker().counts().get("failed_loads", 0) - ledger,
         }  # fmt: skip
 
     after("sound")
-    # The third block of each prompt, wherever KVBM has it in memory; and all there is on disk.
+    # The third block of each prompt, wherever KVBM has it, in memory and on disk.
     store = tier()._store
     flipped = 0
     for key in list(store.host._shelf.slots):
         with store.host.get(key) as lease:
-            position = int.from_bytes(lease.record[20:24], "little")
-            if position == 2 * BLOCK:
+            if claimed_position(lease.record) == 2 * BLOCK:
                 store.host._view[lease.offset + len(lease) - 9] ^= 4
                 flipped += 1
-    records = store.disk.path / "records"
-    with open(records, "r+b") as file:
-        for at in range(0, records.stat().st_size, 4096):
-            file.seek(at + 100)
-            byte = file.read(1)
-            file.seek(at + 100)
-            file.write(bytes([byte[0] ^ 1]))
+    shelf = store.disk._queue.shelf
+    with open(store.disk.path / "records", "r+b") as file:
+        for key, slot in list(shelf.slots.items()):
+            with store.disk.get(key) as lease:
+                position = claimed_position(lease.record)
+            if position == 2 * BLOCK:
+                at = shelf.places(slot)[0][0] + 100
+                file.seek(at)
+                byte = file.read(1)
+                file.seek(at)
+                file.write(bytes([byte[0] ^ 1]))
     result["flipped"] = flipped
     after("damaged")
     after("known_to_be_damaged")
+    after("damaged_on_disk", on_disk)
     for _ in range(20):
         llm.llm_engine.step()
         time.sleep(0.05)

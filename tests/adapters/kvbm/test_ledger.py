@@ -17,6 +17,7 @@ from dynamo_kvtc.adapters.kvbm.ledger import Ledger
 from dynamo_kvtc.adapters.kvbm.protocol import Message, Pool, Transfer
 from dynamo_kvtc.adapters.kvbm.step import Operation, Step
 from dynamo_kvtc.errors import EngineProtocolError, EngineTimeoutError
+from tests.adapters.kvbm.played import encode_transfer
 from tests.adapters.kvbm.trace import replay
 
 TRACES = Path(__file__).parents[2] / "fixtures" / "kvbm"
@@ -42,7 +43,7 @@ def ready(**kwargs) -> Ledger:
 
 
 def tell(ledger: Ledger, message_id: int, transfer: Transfer, now: float = 0) -> None:
-    ledger.on_message(Message(message_id, "transfer_blocks", protocol.encode_transfer(transfer)), now)
+    ledger.on_message(Message(message_id, "transfer_blocks", encode_transfer(transfer)), now)
 
 
 def store(pairs, uuid="s", request_id="r") -> Transfer:
@@ -279,8 +280,8 @@ def test_a_load_past_its_deadline_stops_the_engine():
         (Message(9, "ping", b"x"), "a payload of 1 bytes"),
         (Message(9, "leader_metadata", b"\x01"), "missing at byte 1"),
         (Message(9, "transfer_blocks", b"{}"), "missing"),
-        (Message(9, "transfer_blocks", protocol.encode_transfer(store([(100, 0)]))), "Device block 100; there are 100"),
-        (Message(9, "transfer_blocks", protocol.encode_transfer(store([(0, 50)]))), "Host block 50; there are 50"),
+        (Message(9, "transfer_blocks", encode_transfer(store([(100, 0)]))), "Device block 100; there are 100"),
+        (Message(9, "transfer_blocks", encode_transfer(store([(0, 50)]))), "Host block 50; there are 50"),
     ],
 )
 def test_what_no_leader_sends(message, words):

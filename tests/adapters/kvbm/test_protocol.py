@@ -13,6 +13,7 @@ from dynamo_kvtc.adapters.kvbm import protocol
 from dynamo_kvtc.adapters.kvbm.protocol import Message, Pool, Transfer
 from dynamo_kvtc.adapters.kvbm.step import decode_step, encode_ours, kvbm_request_ids
 from dynamo_kvtc.errors import EngineProtocolError
+from tests.adapters.kvbm.played import encode_message, encode_transfer
 
 IDS = st.integers(0, protocol.MAX_BLOCK_ID)
 
@@ -78,8 +79,8 @@ def transfers():
 
 @given(transfers(), st.integers(0, 2**64 - 1))
 def test_transfers_come_back(transfer, message_id):
-    message = Message(message_id, "transfer_blocks", protocol.encode_transfer(transfer))
-    back = protocol.decode_message(protocol.encode_message(message))
+    message = Message(message_id, "transfer_blocks", encode_transfer(transfer))
+    back = protocol.decode_message(encode_message(message))
     assert back == message
     assert protocol.decode_transfer(back.payload) == transfer
 

@@ -16,6 +16,7 @@ from dynamo_kvtc.adapters.kvbm.protocol import Message, Pool, Transfer
 from dynamo_kvtc.adapters.kvbm.step import Operation, Step
 from dynamo_kvtc.adapters.kvbm.worker import KvbmWorker
 from dynamo_kvtc.errors import ConfigError, EngineError, EngineProtocolError, EngineTimeoutError
+from tests.adapters.kvbm.played import encode_message, encode_transfer
 from tests.adapters.kvbm.raw_mover import RawMover
 
 zmq = pytest.importorskip("zmq")
@@ -37,7 +38,7 @@ class PlayedLeader:
 
     def say(self, name: str, payload: bytes = b"") -> int:
         self.next_id += 1
-        self.publish.send_multipart(protocol.encode_message(Message(self.next_id, name, payload)))
+        self.publish.send_multipart(encode_message(Message(self.next_id, name, payload)))
         return self.next_id
 
     def answer(self) -> int:
@@ -77,13 +78,13 @@ class Setting:
 
     def store(self, uuid: str = "s") -> int:
         transfer = Transfer(Pool.DEVICE, Pool.HOST, ((3, 0), (4, 1)), "r", uuid, scheduled=True)
-        message_id = self.leader.say("transfer_blocks", protocol.encode_transfer(transfer))
+        message_id = self.leader.say("transfer_blocks", encode_transfer(transfer))
         self.step(uuid, [3, 4])
         return message_id
 
     def load(self, uuid: str = "l") -> int:
         transfer = Transfer(Pool.HOST, Pool.DEVICE, ((0, 13), (1, 14)), "r", uuid)
-        message_id = self.leader.say("transfer_blocks", protocol.encode_transfer(transfer))
+        message_id = self.leader.say("transfer_blocks", encode_transfer(transfer))
         self.step(uuid, [13, 14], load=True)
         return message_id
 

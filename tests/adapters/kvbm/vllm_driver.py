@@ -11,7 +11,7 @@ from typing import Any
 
 from dynamo_kvtc.adapters.kvbm.damaged import FIRST_RETRY
 from tests.adapters import engine_driver
-from tests.adapters.engine_driver import BLOCK, prompt_of, run, same, set_environment
+from tests.adapters.engine_driver import BLOCK, local_and_restored, prompt_of, run, same, set_environment
 
 
 def engine(
@@ -44,16 +44,7 @@ def exact() -> dict[str, Any]:
     prefix hit gives, then the same from the tier, then one prompt at a time."""
     path = f"{sys.argv[3]}/exact"
     llm = engine({"report": path}, device_blocks=60)
-    prompts = [prompt_of(i, 128 + i) for i in range(24)]
-    batches = [prompts[i : i + 8] for i in range(0, 24, 8)]
-    local, restored = [], []
-    for batch in batches:
-        run(llm, batch)
-        local += run(llm, batch)
-    begun = time.monotonic()
-    for batch in batches:
-        restored += run(llm, batch)
-    seconds = time.monotonic() - begun
+    prompts, local, restored = local_and_restored(llm, lambda: None)
     singly = [run(llm, [p])[0] for p in prompts[:4]]
     return {
         "local_cached": [r[2] for r in local],
@@ -61,7 +52,6 @@ def exact() -> dict[str, Any]:
         "singly_cached": [r[2] for r in singly],
         "same": same(local, restored),
         "same_singly": [a[0] == b[0] for a, b in zip(local, singly, strict=False)],
-        "seconds": seconds,
         "mover": report(llm, path),
     }
 

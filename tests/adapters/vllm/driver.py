@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.adapters import engine_driver
-from tests.adapters.engine_driver import BLOCK, prompt_of, run, same
+from tests.adapters.engine_driver import BLOCK, local_and_restored, prompt_of, run, same
 
 
 def engine(
@@ -68,18 +68,7 @@ def exact() -> dict[str, Any]:
         "disk_path": str(work / "disk"),
     }  # fmt: skip
     llm = engine(tier, device_blocks=60)
-    prompts = [prompt_of(i, 128 + i) for i in range(24)]
-    batches = [prompts[i : i + 8] for i in range(0, 24, 8)]
-    local, restored = [], []
-    for batch in batches:
-        run(llm, batch)
-        local += run(llm, batch)
-        settle()
-    begun = time.monotonic()
-    # The last first: they are still in the host's memory.
-    for batch in reversed(batches):
-        restored = run(llm, batch) + restored
-    seconds = time.monotonic() - begun
+    prompts, local, restored = local_and_restored(llm, settle)
     singly = [run(llm, [p])[0] for p in prompts[:4]]
     result = {
         "local_cached": [r[2] for r in local],
@@ -88,7 +77,6 @@ def exact() -> dict[str, Any]:
         "same": same(local, restored),
         "same_singly": same(local[:4], singly),
         "same_tokens_singly": [a[0] == b[0] for a, b in zip(local, singly, strict=False)],
-        "seconds": seconds,
         "counts": counted(COUNTS),
     }
     llm.llm_engine.engine_core.shutdown()
