@@ -40,7 +40,7 @@ DOORS = {
         "bench/report.py",
         "bench/store_report.py",
     ],
-    "triton": ["ops/*/triton.py"],
+    "triton": ["ops/*/triton.py", "ops/project/hopper.py"],
     "nvidia": ["ops/deflate/"],
     "vllm": ["adapters/vllm", "adapters/kvbm"],
     "kvbm": ["adapters/kvbm"],

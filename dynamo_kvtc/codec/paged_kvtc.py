@@ -18,7 +18,7 @@ from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops import lanes, quantize, rans
 from dynamo_kvtc.ops.checksum import copy_ranges_device
 from dynamo_kvtc.ops.pages import FixedRows, gather_fixed
-from dynamo_kvtc.ops.project.device import analyse_device, synthesise_into_pages
+from dynamo_kvtc.ops.project.device import analyse_device, padded, synthesise_into_pages
 from dynamo_kvtc.ops.quantize.device import quantise_device
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class KvtcEncoder(Encoder):
         self._energy = torch.empty(t, dtype=torch.int64, device=device)
         self._saturated = torch.empty(t, dtype=torch.uint8, device=device)
         products = max(g.analysis.products for g in groups)
-        self._products = torch.empty(t, max(products, 1), dtype=torch.int32, device=device)
+        self._products = torch.empty(t, padded(products, 4), dtype=torch.int32, device=device)
         self._symbols = [torch.empty(t, max(g.rank, 1), dtype=torch.int16, device=device) for g in groups]
         self._parameters = torch.empty(2, len(groups), t, dtype=torch.uint8, device=device)
         self._words = [

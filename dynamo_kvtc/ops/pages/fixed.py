@@ -59,8 +59,8 @@ class FixedRows:
     low: int8 [T, P or more], the input of a narrow channel clamped to -127..127, the lower byte lo of a wide one;
     high: int8 [T, Pw or more], hi of the wide channels, the input being 256 * hi + lo with lo in -128..127;
     energy: int64 [T], the sum over all channels of the squared input; saturated: uint8 [T], 1 where an input was
-    not finite or beyond INPUT_MAX (it was clamped, NaN made 0, and the token is not to be coded), or there is no such
-    slot. Rows are contiguous; columns past P or Pw are left alone.
+    not finite or beyond INPUT_MAX, or there is no such slot: the token is not to be coded, and its bytes and energy
+    mean nothing. Rows are contiguous; columns past P or Pw are left alone.
     """
 
     low: Tensor

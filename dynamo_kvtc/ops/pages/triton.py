@@ -24,14 +24,10 @@ _EXACT_TILE = 1024
 """2-byte units of exact tokens that a program moves."""
 _WARPS = 4
 
-_LIMIT = tl.constexpr(float(INPUT_MAX))
+_LIMIT = tl.constexpr(INPUT_MAX)
 _NARROW = tl.constexpr(NARROW_MAX)
 _MAGIC = tl.constexpr(12582912.0)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
-_INF_BITS = tl.constexpr(0x7F800000)
-# INPUT_MAX + 0.5 is the least float32 that rounds beyond INPUT_MAX, as INPUT_MAX is odd.
-_SATURATED_BITS = tl.constexpr(0x46FEFF00)
-assert torch.tensor([INPUT_MAX + 0.5]).view(torch.int32).item() == _SATURATED_BITS.value
 
 
 @triton.jit
@@ -90,23 +86,24 @@ def _pairing(d, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
 def _gather_part(
     pages, token_at, there, t, in_t, layer_channel, first_head, stride_head,
     cos, sin, scale, mean, gain, wide_slot, wide_heads, wide, low, ld_low, high, ld_high, energy, saturated,
-    KEYS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, KIND: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    KEYS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr,
+    KIND: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
-    in_d = d < D
-    readable = there[:, None] & in_d[None, :]
-    writable = in_t[:, None] & in_d[None, :]
-    in_columns = tl.broadcast_to(in_d[None, :], (BLOCK_T, BLOCK_D))
+    readable, writable = there[:, None], in_t[:, None]
+    columns = tl.full((BLOCK_T, BLOCK_D), True, tl.int1)
+    if D != BLOCK_D:
+        in_d = (d < D)[None, :]
+        readable, writable, columns = readable & in_d, writable & in_d, columns & in_d
     if KEYS:
-        turned = d < 2 * PAIRS
+        turned = (d < 2 * PAIRS)[None, :]
         partner, pair, first = _pairing(d, PAIRS, INTERLEAVED)
         angle = t[:, None] * PAIRS + pair[None, :]
-        c = tl.load(cos + angle, mask=in_t[:, None] & turned[None, :], other=0.0)
-        s = tl.load(sin + angle, mask=in_t[:, None] & turned[None, :], other=0.0)
+        c = tl.load(cos + angle, mask=in_t[:, None] & turned, other=0.0)
+        s = tl.load(sin + angle, mask=in_t[:, None] & turned, other=0.0)
         s = tl.where(first[None, :], s, -s)
     squares = tl.zeros((BLOCK_T, BLOCK_D), tl.uint32)
-    worst = tl.zeros((BLOCK_T, BLOCK_D), tl.int32)
+    worst = tl.zeros((BLOCK_T, BLOCK_D), tl.uint32)
     for i in tl.static_range(HEADS):
         head = first_head + i
         at = pages + (token_at + head.to(tl.int64) * stride_head)[:, None]
@@ -116,33 +113,33 @@ def _gather_part(
             raw = tl.load(at + d[None, :], mask=readable, other=float("nan"))
         x = _to_float(raw, KIND)
         if KEYS:
-            other = tl.load(at + partner[None, :], mask=readable & turned[None, :], other=0)
-            rotated = (x * c + _to_float(other, KIND) * s) * scale
-            x = tl.where(turned[None, :], rotated, x)
+            other = tl.load(at + partner[None, :], mask=readable & turned, other=0)
+            rotated = x * c + _to_float(other, KIND) * s
+            if SCALED:
+                rotated = rotated * scale
+            x = rotated if 2 * PAIRS == BLOCK_D else tl.where(turned, rotated, x)
         # Each thread looks up its own columns: sharing what one thread loaded would cost barriers.
         channel = tl.broadcast_to((layer_channel + head * D + d)[None, :], (BLOCK_T, BLOCK_D))
-        g = (x - tl.load(mean + channel, mask=in_columns, other=0.0)) * tl.load(
-            gain + channel, mask=in_columns, other=0.0
-        )
-        size = g.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        g = tl.where(size > _INF_BITS, 0.0, g)
-        worst = tl.maximum(worst, tl.where(in_d[None, :], size, 0))
-        g = tl.minimum(tl.maximum(g, -_LIMIT), _LIMIT)
+        g = (x - tl.load(mean + channel, mask=columns, other=0.0)) * tl.load(gain + channel, mask=columns, other=0.0)
+        # What is not finite, or beyond 2^22, comes out beyond INPUT_MAX as well: its token is not to be coded.
         f = (g + _MAGIC).to(tl.int32, bitcast=True) - _MAGIC_BITS
-        squares += (f * f).to(tl.uint32)
+        if D != BLOCK_D:
+            f = tl.where(columns, f, 0)
+        worst = tl.maximum(worst, (f + _LIMIT).to(tl.uint32, bitcast=True))
+        squares += (f * f).to(tl.uint32, bitcast=True)
+        narrow = tl.minimum(tl.maximum(f, -_NARROW), _NARROW)
         to_low = low + t[:, None] * ld_low + channel
         if tl.load(wide_heads + layer_channel // D + head) != 0:
-            w = tl.load(wide_slot + channel, mask=in_columns, other=-1)
-            is_wide = (w >= 0) & (w < wide)
-            narrow = tl.minimum(tl.maximum(f, -_NARROW), _NARROW)
+            w = tl.load(wide_slot + channel, mask=columns, other=-1)
+            is_wide = w.to(tl.uint32, bitcast=True) < wide
             # int8 keeps the lower byte.
             tl.store(to_low, tl.where(is_wide, f, narrow).to(tl.int8), mask=writable)
             to_high = high + t[:, None] * ld_high + w
             tl.store(to_high, ((f + 128) >> 8).to(tl.int8), mask=writable & is_wide)
         else:
-            tl.store(to_low, tl.minimum(tl.maximum(f, -_NARROW), _NARROW).to(tl.int8), mask=writable)
+            tl.store(to_low, narrow.to(tl.int8), mask=writable)
     tl.atomic_add(energy + t, tl.sum(squares.to(tl.int64), axis=1), mask=in_t, sem="relaxed")
-    tl.store(saturated + t, 1, mask=in_t & (tl.max(worst, axis=1) >= _SATURATED_BITS))
+    tl.store(saturated + t, 1, mask=in_t & (tl.max(worst, axis=1) > 2 * _LIMIT))
 
 
 @triton.jit
@@ -150,7 +147,8 @@ def _gather_fixed(
     addresses, slots, cos, sin, mean, gain, wide_slot, wide_heads, low, high, energy, saturated,
     tokens, room, first_layer, layers, wide, ld_low, ld_high, stride_block, stride_head, stride_token, scale,
     N: tl.constexpr, ALL_HEADS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first_head = tl.program_id(1) % (ALL_HEADS // HEADS) * HEADS
     layer = tl.program_id(1) // (ALL_HEADS // HEADS)
@@ -167,13 +165,13 @@ def _gather_fixed(
         _gather_part(
             pages, token_at, there, t, in_t, layer_channel, first_head, stride_head,
             cos, sin, scale, mean, gain, wide_slot, wide_heads, wide, low, ld_low, high, ld_high, energy, saturated,
-            True, D, PAIRS, INTERLEAVED, KIND, HEADS, BLOCK_T, BLOCK_D,
+            True, D, PAIRS, INTERLEAVED, SCALED, KIND, HEADS, BLOCK_T, BLOCK_D,
         )  # fmt: skip
     else:
         _gather_part(
             pages, token_at, there, t, in_t, layer_channel, first_head, stride_head,
             cos, sin, scale, mean, gain, wide_slot, wide_heads, wide, low, ld_low, high, ld_high, energy, saturated,
-            False, D, PAIRS, INTERLEAVED, KIND, HEADS, BLOCK_T, BLOCK_D,
+            False, D, PAIRS, INTERLEAVED, SCALED, KIND, HEADS, BLOCK_T, BLOCK_D,
         )  # fmt: skip
 
 
@@ -261,8 +259,8 @@ def gather_fixed(
             tokens, cache.slots, layers[0], count, inputs.wide, out.low.stride(0), out.high.stride(0), *cache.strides,
             1.0 / rope.attention_scaling,
             N=cache.tokens_per_block, ALL_HEADS=cache.heads, HEADS=heads, D=cache.head_dim, PAIRS=cos.shape[1],
-            INTERLEAVED=rope.style == "interleaved", KIND=_KINDS[cache.dtype], ALIGN=cache.alignment,
-            BLOCK_T=block_t, BLOCK_D=block_d, num_warps=_WARPS, enable_fp_fusion=False,
+            INTERLEAVED=rope.style == "interleaved", SCALED=rope.attention_scaling != 1.0, KIND=_KINDS[cache.dtype],
+            ALIGN=cache.alignment, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -157,7 +157,7 @@ def square_sums_device(inputs: Tensor, out: Tensor) -> None:
 class Synthesis:
     """A layer group's operands for ``synthesise_into_pages``. Columns are padded heads (``head_columns``), Pp in all.
 
-    narrow: int8 [Pp, N]; wide: float16 [Pp, W]; gain, mean: float32 [Pp]; narrow_unit: steps per unit of the narrow
+    narrow: int8 [Pp, N]; wide: float16 [Pp, W]; gain, mean: float32 [P]; narrow_unit: steps per unit of the narrow
     product; first_head: the head of the first column, of K's Lg H heads and then V's: K or V may come alone.
     """
 
@@ -199,16 +199,26 @@ class Pages:
 def head_columns(head_dim: int, pairs: int, interleaved: bool) -> Tensor:
     """int64 [HEAD]: which dim of a head each column of a padded head holds, -1 for none; HEAD is a power of two.
 
-    Dims that RoPE rotates together are neighbours; the dims it leaves alone follow.
+    Dims that RoPE rotates together are neighbours. Pairs of them are dealt out to four, in turn, and each gets up to
+    eight that follow each other: as matrix units deal out the columns of a product to threads.
     """
     width = 1 << max(1, (head_dim - 1).bit_length())
     out = torch.full((width,), -1, dtype=torch.int64)
-    for i in range((head_dim + 1) // 2):
-        dims = (i, i + pairs) if i < pairs and not interleaved else (2 * i, 2 * i + 1)
-        out[2 * i] = dims[0]
-        if dims[1] < head_dim:
-            out[2 * i + 1] = dims[1]
+    order = torch.arange(width // 2)
+    if run := pairs_in_a_run(width):
+        order = order.view(-1, 4, run).transpose(1, 2).reshape(-1)
+    for column, i in enumerate(order.tolist()):
+        if i < (head_dim + 1) // 2:
+            dims = (i, i + pairs) if i < pairs and not interleaved else (2 * i, 2 * i + 1)
+            out[2 * column] = dims[0]
+            if dims[1] < head_dim:
+                out[2 * column + 1] = dims[1]
     return out
+
+
+def pairs_in_a_run(width: int) -> int:
+    """Of a padded head: pairs that follow each other in one thread; 0 if they stay as they are."""
+    return min(8, width // 8)
 
 
 def synthesis_operands(
@@ -227,7 +237,7 @@ def synthesis_operands(
 
     full = (rows(wide).float() * 2.0**-BASIS_BITS).half()
     return Synthesis(
-        aligned(rows(narrow)), aligned(full), rows(gain), rows(mean), 2.0**-exponent, layers[0],
+        aligned(rows(narrow)), aligned(full), gain, mean, 2.0**-exponent, layers[0],
         layers[1] - layers[0], len(columns), interleaved, scaling, first_head,
     )  # fmt: skip
 

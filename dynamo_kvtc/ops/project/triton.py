@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynamo_kvtc.ops.project.device import Pages, Synthesis
+from dynamo_kvtc.ops.project import hopper
+from dynamo_kvtc.ops.project.device import Pages, Synthesis, pairs_in_a_run
 
 TILE = (256, 128, 128, 8, 3)
 """Tokens, columns and depth of a tile, warps, stages: the fastest of those measured on an H200 (int8, 8,192 x 8,192 x
@@ -73,6 +74,9 @@ def analyse(low: Tensor, high: Tensor, b_low: Tensor, b_high: Tensor, out: Tenso
     if not tokens or not components:
         return
     tile, programs = _tile(tokens, components, out)
+    if tile is TILE and hopper.here(out):
+        hopper.analyse(low, high, b_low, b_high, out)
+        return
     _analyse[(programs,)](
         high, low, b_high, b_low, out, tokens, components, high.shape[1], low.shape[1], high.stride(0), low.stride(0),
         b_high.stride(0), b_low.stride(0), out.stride(0), programs, *tile[:3], _GROUP, True,
@@ -125,16 +129,22 @@ def square_sums(inputs: Tensor, out: Tensor) -> None:
 
 
 @triton.jit
+def _in_order(x, BM: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr):
+    """From a matrix unit's order of pairs (``head_columns``) to that of a head's dims."""
+    return tl.reshape(tl.permute(tl.reshape(x, [BM, COLUMNS // (4 * RUN), RUN, 4]), (0, 1, 3, 2)), [BM, COLUMNS])
+
+
+@triton.jit
 def _synthesise(narrow, wide, b_narrow, b_wide, tokens, channels, k_narrow, k_wide, stride_narrow, stride_wide,
                 stride_bn, stride_bw, narrow_unit, factors, synthesis, mean, cos, sin, addresses, slots, first_layer,
                 layers, heads, first_head, block_tokens, stride_block, stride_head, stride_token, programs,
                 D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, scaling, top,
-                ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-                ALIGN: tl.constexpr, ITEM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+                ROWS: tl.constexpr, RUN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                GROUP: tl.constexpr, ALIGN: tl.constexpr, ITEM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Channels of whole heads from levels, RoPE applied, into the pages. A tile is ROWS heads of BN / ROWS columns.
 
-    Column c of a head is dim c // 2 of the first halves (even c) or of the second halves (odd c): the two dims that
-    RoPE rotates together are neighbours, and in one thread.
+    Even columns of a head are dims of the first halves, odd ones of the second halves (``head_columns``): the two dims
+    that RoPE rotates together are in one thread.
     """
     dn = tl.make_tensor_descriptor(narrow, shape=[tokens, k_narrow], strides=[stride_narrow, 1], block_shape=[BM, BK])
     dw = tl.make_tensor_descriptor(wide, shape=[tokens, k_wide], strides=[stride_wide, 1], block_shape=[BM, BK // 2])
@@ -155,12 +165,11 @@ def _synthesise(narrow, wide, b_narrow, b_wide, tokens, channels, k_narrow, k_wi
         acc = total.to(tl.float32) * factor[:, None]
         for k in range(0, k_wide, BK // 2):
             acc = tl.dot(dw.load([pm * BM, k]), ew.load([pn * BN, k]).T, acc)
-        column = pn * BN + tl.arange(0, BN)
-        valid = column < channels
-        acc = acc * tl.load(synthesis + column, mask=valid, other=0.0)[None, :]
-        acc += tl.load(mean + column, mask=valid, other=0.0)[None, :]
 
         first, second = tl.split(tl.reshape(acc, [BM, BN // 2, 2]))
+        if RUN:
+            first = _in_order(first, BM, BN // 2, RUN)
+            second = _in_order(second, BM, BN // 2, RUN)
         written = here & (slot >= 0)
         place = tl.where(written, slot // block_tokens * stride_block + slot % block_tokens * stride_token, 0)
         # A tile of one head has one base address, so its stores are plainly contiguous.
@@ -174,24 +183,6 @@ def _synthesise(narrow, wide, b_narrow, b_wide, tokens, channels, k_narrow, k_wi
         is_k = head < layers * heads
         within = tl.where(is_k, head, head - layers * heads)
         turned = (i < PAIRS) & is_k
-        at = rm[:, None] * PAIRS + i[None, :]
-        c = tl.load(cos + at, mask=written[:, None] & turned[None, :], other=1.0)
-        s = tl.load(sin + at, mask=written[:, None] & turned[None, :], other=0.0)
-        scale = tl.where(turned, scaling, 1.0)[None, :]
-        x = (first * c - second * s) * scale
-        y = (second * c + first * s) * scale
-        x = tl.minimum(tl.maximum(x, -top), top).to(DTYPE)
-        y = tl.minimum(tl.maximum(y, -top), top).to(DTYPE)
-        real = (own < channels // HEAD) & (i < HALF)
-        # Base addresses are bytes, strides elements.
-        which = (first_layer + within // heads) * 2 + tl.where(is_k, 0, 1)
-        if ROWS == 1:
-            base = tl.multiple_of(tl.load(addresses + which).to(tl.pointer_type(DTYPE)), ALIGN * ITEM)
-            base += tl.multiple_of(within % heads * stride_head, ALIGN)
-            pointers = base + tl.multiple_of(place, [ALIGN])[:, None]
-        else:
-            base = tl.load(addresses + which, mask=real, other=0).to(tl.pointer_type(DTYPE))
-            pointers = (base + within % heads * stride_head)[None, :] + place[:, None]
         if INTERLEAVED:
             d_first = tl.where(i < PAIRS, 2 * i, 2 * PAIRS + (i - PAIRS) * 2)
             d_second = d_first + 1
@@ -201,9 +192,32 @@ def _synthesise(narrow, wide, b_narrow, b_wide, tokens, channels, k_narrow, k_wi
         else:
             d_first = tl.where(i < PAIRS, i, 2 * PAIRS + (i - PAIRS) * 2)
             d_second = tl.where(i < PAIRS, i + PAIRS, d_first + 1)
-        mask = written[:, None] & real[None, :]
-        tl.store(pointers + d_first[None, :], x, mask=mask)
-        tl.store(pointers + d_second[None, :], y, mask=mask & (d_second < D)[None, :])
+        real = (own < channels // HEAD) & (i < HALF)
+        both = real & (d_second < D)
+        channel = own * D
+        first = first * tl.load(synthesis + channel + d_first, mask=real, other=0.0)[None, :]
+        first += tl.load(mean + channel + d_first, mask=real, other=0.0)[None, :]
+        second = second * tl.load(synthesis + channel + d_second, mask=both, other=0.0)[None, :]
+        second += tl.load(mean + channel + d_second, mask=both, other=0.0)[None, :]
+        at = rm[:, None] * PAIRS + i[None, :]
+        c = tl.load(cos + at, mask=written[:, None] & turned[None, :], other=1.0)
+        s = tl.load(sin + at, mask=written[:, None] & turned[None, :], other=0.0)
+        scale = tl.where(turned, scaling, 1.0)[None, :]
+        x = (first * c - second * s) * scale
+        y = (second * c + first * s) * scale
+        x = tl.minimum(tl.maximum(x, -top), top).to(DTYPE)
+        y = tl.minimum(tl.maximum(y, -top), top).to(DTYPE)
+        # Base addresses are bytes, strides elements.
+        which = (first_layer + within // heads) * 2 + tl.where(is_k, 0, 1)
+        if ROWS == 1:
+            base = tl.multiple_of(tl.load(addresses + which).to(tl.pointer_type(DTYPE)), ALIGN * ITEM)
+            base += tl.multiple_of(within % heads * stride_head, ALIGN)
+            pointers = base + tl.multiple_of(place, [ALIGN])[:, None]
+        else:
+            base = tl.load(addresses + which, mask=real, other=0).to(tl.pointer_type(DTYPE))
+            pointers = (base + within % heads * stride_head)[None, :] + place[:, None]
+        tl.store(pointers + d_first[None, :], x, mask=written[:, None] & real[None, :])
+        tl.store(pointers + d_second[None, :], y, mask=written[:, None] & both[None, :])
 
 
 def synthesise(
@@ -215,6 +229,9 @@ def synthesise(
     if not tokens:
         return
     tile, programs = _tile(tokens, channels, slots)
+    if tile is TILE and hopper.fits(basis, pages, cos.shape[1]):
+        hopper.synthesise(narrow, wide, basis, factors, cos, sin, pages, slots)
+        return
     bm, bn, bk, warps, stages = tile
     if basis.head > bn:
         bm, bn = bm * bn // basis.head, basis.head
@@ -224,8 +241,8 @@ def synthesise(
         basis.gain, basis.mean, cos, sin, pages.addresses, slots, basis.first_layer, basis.layers, pages.heads,
         basis.first_head, pages.block_tokens, pages.stride_block, pages.stride_head, pages.stride_token, programs,
         pages.head_dim, (pages.head_dim + 1) // 2, cos.shape[1], basis.interleaved, basis.scaling,
-        torch.finfo(pages.dtype).max, bn // basis.head, bm, bn, bk, _GROUP, pages.alignment, pages.dtype.itemsize,
-        _TL[pages.dtype], num_warps=warps, num_stages=stages,
+        torch.finfo(pages.dtype).max, bn // basis.head, pairs_in_a_run(basis.head), bm, bn, bk, _GROUP, pages.alignment,
+        pages.dtype.itemsize, _TL[pages.dtype], num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
