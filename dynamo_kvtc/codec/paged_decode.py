@@ -17,7 +17,7 @@ from torch import Tensor
 from dynamo_kvtc.codec import header_scan
 from dynamo_kvtc.codec.headers import HeaderBatch, read_headers
 from dynamo_kvtc.codec.paged_encode import workspace_bytes
-from dynamo_kvtc.codec.upload import send
+from dynamo_kvtc.codec.upload import Uploads
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops import lanes
 from dynamo_kvtc.ops.pages import scatter_exact
@@ -78,7 +78,7 @@ class Sent:
 
     arrays: those of all layer groups; by_group: [G, ...], a row each; most: int64 [G], bytes of the largest section;
     coded, exact: tokens; longest: most coded tokens of a block, at least 1; row: where in the workspace its tokens have
-    their rows; angles: cos and sin of coded tokens.
+    their rows; angles: cos and sin of coded tokens; status: int32 [B], not 0 for a block found bad.
     """
 
     arrays: dict[str, Tensor]
@@ -89,6 +89,7 @@ class Sent:
     longest: int
     row: int
     angles: tuple[Tensor, Tensor]
+    status: Tensor
 
     def of(self, g: int) -> dict[str, Tensor]:
         return self.arrays | {name: x[g] for name, x in self.by_group.items()}
@@ -125,6 +126,7 @@ class Decoder(ABC):
         self._copies = torch.cuda.Stream(device) if self._cuda else None
         self._ring = [torch.empty(codec.limits.record_bytes, dtype=torch.uint8, device=device) for _ in range(RING)]
         self._free = [torch.cuda.Event() for _ in range(RING)] if self._cuda else []
+        self._uploads = Uploads(device)
         self._chosen = torch.empty(t, dtype=torch.int64, device=device)
         self._exact_slots = torch.empty(t, dtype=torch.int64, device=device)
         header_scan.compile_all()
@@ -140,7 +142,7 @@ class Decoder(ABC):
         section starts in what ``_receive`` returns, even numbers."""
 
     @abstractmethod
-    def _receive(self, g: int, turn: int, sent: Sent, status: Tensor, together: bool) -> Tensor:
+    def _receive(self, g: int, turn: int, sent: Sent, together: bool) -> Tensor:
         """Blocks whose section is not what its checksum says get a status; returns the memory to read sections from.
 
         turn: where in the ring the records are.
@@ -149,7 +151,7 @@ class Decoder(ABC):
         """
 
     @abstractmethod
-    def _coded(self, g: int, turn: int, sent: Sent, status: Tensor) -> None:
+    def _coded(self, g: int, turn: int, sent: Sent) -> None:
         """Coded tokens of a chunk into the pages. Blocks found bad get a status, and those that have one write
         nothing."""
 
@@ -169,8 +171,6 @@ class Decoder(ABC):
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            # Taken on the stream that works with it: given back before the GPU is done, it must not go elsewhere.
-            status = torch.empty(len(blocks.counts), dtype=torch.int32, device=self._device)
             sent: dict[int, Sent] = {}
             for g, i, turn in items:
                 own = chunks[i].blocks
@@ -178,16 +178,15 @@ class Decoder(ABC):
                     batch = read_headers(
                         arena.numpy(), offsets[own], sizes[own], blocks.counts[own], self._codec.identity
                     )
-                    host[own] = torch.from_numpy(batch.status)
-                    status[own].copy_(host[own], non_blocking=True)
                     sent[i] = self._send(chunks[i], blocks, batch, chunks[i].tokens.start if together else 0)
                 if g == 0 or not once:
                     self._wait(arrived.popleft())
-                self._group(g, sent[i], status[own], turn, together)
+                self._group(g, sent[i], turn, together)
                 arrived.extend(itertools.islice(loads, 1))
                 if i == len(chunks) - 1:
                     events.append(self._event())
-            host.copy_(status, non_blocking=True)
+            for chunk, of in zip(chunks, sent.values(), strict=True):
+                host[chunk.blocks].copy_(of.status, non_blocking=True)
             done = self._event()
         return Restore(events, host, done)
 
@@ -283,25 +282,25 @@ class Decoder(ABC):
         shared = {
             "first": first, "counts": coded_of, "slots": slots[:coded], "positions": positions[:coded],
             "exact_block": exact_block[:kept], "exact_slots": exact_slots[:kept], "index": index[:kept],
-            "count": exact_of[exact_block[:kept]].astype(np.int32),
+            "count": exact_of[exact_block[:kept]].astype(np.int32), "status": batch.status,
         }  # fmt: skip
-        arrays = send(shared | by_group, self._device)
+        arrays = self._uploads.send(shared | by_group)
         angles = codec.rotations.at(arrays["positions"])
         codec.mark("rotations")
         return Sent(
             arrays, {name: arrays.pop(name) for name in by_group}, section.max(axis=1, initial=0), coded, kept,
-            max(1, int(coded_of.max())), row, angles,
+            max(1, int(coded_of.max())), row, angles, arrays.pop("status"),
         )  # fmt: skip
 
-    def _group(self, g: int, sent: Sent, status: Tensor, turn: int, together: bool) -> None:
+    def _group(self, g: int, sent: Sent, turn: int, together: bool) -> None:
         """One layer group of one chunk, whose records are in the ring."""
         codec = self._codec
-        source = self._receive(g, turn, sent, status, together)
+        source = self._receive(g, turn, sent, together)
         if sent.coded:
-            self._coded(g, turn, sent, status)
+            self._coded(g, turn, sent)
         if sent.exact:
             arrays, chosen = sent.of(g), self._exact_slots[: sent.exact]
-            lanes.select(status, arrays["exact_block"], arrays["exact_slots"], chosen)
+            lanes.select(sent.status, arrays["exact_block"], arrays["exact_slots"], chosen)
             scatter_exact(
                 codec.cache, codec.artifact.manifest.groups[g], chosen, arrays["exact_base"], arrays["index"],
                 arrays["count"], source,

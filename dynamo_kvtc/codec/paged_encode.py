@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dynamo_kvtc.codec.headers import gaps_of, header_bytes_of, write_headers
-from dynamo_kvtc.codec.upload import send
+from dynamo_kvtc.codec.upload import Uploads
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops.checksum import copy_ranges_device
 from dynamo_kvtc.ops.pages import gather_exact
@@ -107,6 +107,7 @@ class Encoder(ABC):
         self._measured_host = torch.empty(2, len(groups) * t * 4, dtype=torch.int32, pin_memory=self._cuda)
         self._skip_host = torch.empty(2, t, dtype=torch.uint8, pin_memory=self._cuda)
         self._copies = torch.cuda.Stream(device) if self._cuda else None
+        self._uploads = Uploads(device)
         self._staging = torch.empty(codec.limits.record_bytes + ALIGNMENT, dtype=torch.uint8, device=device)
         # Records as they will lie in the arena, and when the last ones have left.
         self._records = torch.empty(codec.limits.record_bytes, dtype=torch.uint8, device=device)
@@ -185,12 +186,11 @@ class Encoder(ABC):
         codec, n = self._codec, len(asked)
         assert blocks.positions is not None
         first = np.cumsum(counts) - counts
-        sent = send(
+        sent = self._uploads.send(
             {
                 "slots": blocks.slots[tokens].numpy(), "positions": blocks.positions[tokens].numpy(),
                 "asked": asked.astype(np.uint8), "first": first.astype(np.int32), "counts": counts,
-            },
-            self._device,
+            }
         )  # fmt: skip
         codec.mark("encode")
         cos, sin = codec.rotations.at(sent["positions"])
@@ -274,7 +274,7 @@ class Encoder(ABC):
         index = np.arange(len(kept)) - np.repeat(np.cumsum(per_block) - per_block, per_block)
         slots = blocks.slots[chunk.tokens].numpy()[tokens][kept]
         payloads = sizes[part] - exact_bytes[part]
-        sent = send(
+        sent = self._uploads.send(
             {
                 "first": (first[part] - begin).astype(np.int32), "counts": counts, "slots": slots,
                 "index": index.astype(np.int32), "count": per_block[block_of].astype(np.int32),
@@ -282,8 +282,7 @@ class Encoder(ABC):
                 "base": base.T.reshape(-1).copy(), "sizes": sizes[part].T.reshape(-1).copy(),
                 "targets": targets[part].T.reshape(-1).copy(),
                 "payload_sizes": payloads.T.copy(),
-            },
-            self._device,
+            }
         )  # fmt: skip
         codec.mark("encode")
         for g, layers in enumerate(self._groups):

@@ -105,6 +105,10 @@ class KvtcEncoder(Encoder):
         )  # fmt: skip
 
 
+MANY_LANES = 1 << 15
+"""rANS lanes that keep a GPU busy."""
+
+
 class KvtcDecoder(Decoder):
     def __init__(self, codec: PagedCodec, point: PagedPoint) -> None:
         super().__init__(codec)
@@ -134,12 +138,15 @@ class KvtcDecoder(Decoder):
         room = np.where(coded.short, 1, coded.section - coded.exact)
         return {"payload": coded.where + coded.exact, "room": room}, coded.where
 
-    def _receive(self, g: int, turn: int, sent: Sent, status: Tensor, together: bool) -> Tensor:
-        """Levels and where they go of layer group g, or of all at once: more lanes side by side, and fewer launches."""
-        codec, ring, split, n = self._codec, self._ring[turn], self._lanes, sent.coded
-        if together and g:
+    def _receive(self, g: int, turn: int, sent: Sent, together: bool) -> Tensor:
+        """Levels and where they go of layer group g, or of more at once: more lanes side by side, and fewer launches. If
+        one group's lanes are many, the first is not kept waiting for the others'."""
+        codec, ring, split, n, status = self._codec, self._ring[turn], self._lanes, sent.coded, sent.status
+        apart = n * split >= MANY_LANES
+        if together and g > apart:
             return ring
-        own = slice(0, len(self._point.groups)) if together else slice(g, g + 1)
+        last = len(self._point.groups) if together and g == apart else g + 1
+        own = slice(g, last)
         rows, lane = slice(sent.row, sent.row + n), slice(sent.row * split, (sent.row + n) * split)
         starts, lengths, bad = (x[own, lane] for x in (self._starts, self._lengths, self._bad))
         factors, offsets = self._factors[own, rows], self._offsets[own, rows]
@@ -165,7 +172,7 @@ class KvtcDecoder(Decoder):
         codec.mark("rANS")
         return ring
 
-    def _coded(self, g: int, turn: int, sent: Sent, status: Tensor) -> None:
+    def _coded(self, g: int, turn: int, sent: Sent) -> None:
         group, rows = self._point.groups[g], slice(sent.row, sent.row + sent.coded)
         synthesise_into_pages(
             self._narrow[g][rows], self._wide[g][rows], group.synthesis, self._factors[g, rows], *sent.angles,

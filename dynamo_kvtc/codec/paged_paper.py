@@ -211,8 +211,8 @@ class PaperDecoder(Decoder):
         }  # fmt: skip
         return arrays, start
 
-    def _receive(self, g: int, turn: int, sent: Sent, status: Tensor, together: bool) -> Tensor:
-        arrays, ring = sent.of(g), self._ring[turn]
+    def _receive(self, g: int, turn: int, sent: Sent, together: bool) -> Tensor:
+        arrays, ring, status = sent.of(g), self._ring[turn], sent.status
         sums = self._sums[: len(status)]
         copy_ranges_device(
             ring, arrays["where"], arrays["section"], self._aligned, arrays["start"], sums, int(sent.most[g])
@@ -222,8 +222,9 @@ class PaperDecoder(Decoder):
         self._codec.mark("checksum")
         return self._aligned
 
-    def _coded(self, g: int, turn: int, sent: Sent, status: Tensor) -> None:
+    def _coded(self, g: int, turn: int, sent: Sent) -> None:
         codec, group, n, most, arrays = self._codec, self._point.groups[g], sent.coded, sent.longest, sent.of(g)
+        status = sent.status
         blocks, width, starts = len(status), group.width, arrays["tokens"]
         # What its checksum or its size gives away is never shown to nvCOMP, which promises nothing about such bytes.
         wanted = (arrays["counts"] > 0) & (status == 0)

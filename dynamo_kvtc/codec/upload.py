@@ -1,7 +1,8 @@
-"""Small arrays from the host to a GPU, many in one copy that nobody waits for."""
+"""Small arrays from the host to a GPU, many in one piece that nobody waits for."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,30 +10,44 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_ALIGNMENT = 16
+from dynamo_kvtc.ops.upload import ALIGNMENT, bring
 
 
-def send(arrays: Mapping[str, NDArray], device: torch.device) -> dict[str, Tensor]:
-    """The arrays as tensors on the device, by the current stream: they are for kernels on it.
+class Uploads:
+    """What is on its way to a device.
 
     The memory comes from PyTorch's caches on both sides and goes back to them; in a steady state none is asked of the
-    driver.
+    driver. Not thread-safe: each thread has its own.
     """
-    if device.type != "cuda":
-        return {name: torch.from_numpy(np.array(x, order="C")) for name, x in arrays.items()}
-    places, at = {}, 0
-    for name, x in arrays.items():
-        places[name] = (at, at + x.nbytes)
-        at = -(-(at + x.nbytes) // _ALIGNMENT) * _ALIGNMENT
-    pinned = torch.empty(at, dtype=torch.uint8, pin_memory=True)
-    host = pinned.numpy()
-    for name, (start, end) in places.items():
-        host[start:end] = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
-    there = pinned.to(device, non_blocking=True)
-    return {
-        name: there[start:end].view(_DTYPES[arrays[name].dtype]).reshape(arrays[name].shape)
-        for name, (start, end) in places.items()
-    }
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # PyTorch does not know that a kernel reads the pinned side: it is kept until that is done.
+        self._busy: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+
+    def send(self, arrays: Mapping[str, NDArray]) -> dict[str, Tensor]:
+        """The arrays as tensors on the device, by the current stream: they are for kernels on it."""
+        if self._device.type != "cuda":
+            return {name: torch.from_numpy(np.array(x, order="C")) for name, x in arrays.items()}
+        while self._busy and self._busy[0][0].query():
+            self._busy.popleft()
+        places, at = {}, 0
+        for name, x in arrays.items():
+            places[name] = (at, at + x.nbytes)
+            at = -(-(at + x.nbytes) // ALIGNMENT) * ALIGNMENT
+        pinned = torch.empty(at, dtype=torch.uint8, pin_memory=True)
+        host = pinned.numpy()
+        for name, (start, end) in places.items():
+            host[start:end] = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
+        there = torch.empty(at, dtype=torch.uint8, device=self._device)
+        bring(pinned, there)
+        done = torch.cuda.Event()
+        done.record()
+        self._busy.append((done, pinned))
+        return {
+            name: there[start:end].view(_DTYPES[arrays[name].dtype]).reshape(arrays[name].shape)
+            for name, (start, end) in places.items()
+        }
 
 
 _DTYPES = {
