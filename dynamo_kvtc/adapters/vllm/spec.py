@@ -18,6 +18,7 @@ from dynamo_kvtc.adapters.engine_model import PREFIX, model_of
 from dynamo_kvtc.adapters.vllm._compat import KNOWS_SEQUENCES, RELEASE, EngineFacts, facts
 from dynamo_kvtc.adapters.vllm.layout import pages_of
 from dynamo_kvtc.adapters.vllm.manager import Manager
+from dynamo_kvtc.adapters.vllm.options import parse_options
 from dynamo_kvtc.adapters.vllm.shared import Shared, find, publish
 from dynamo_kvtc.adapters.vllm.worker import Worker
 from dynamo_kvtc.codec.artifact import load_artifact
@@ -25,10 +26,7 @@ from dynamo_kvtc.errors import ConfigError, UnsupportedModelError
 from dynamo_kvtc.tier.build import open_tier
 from dynamo_kvtc.tier.identity import EngineCache
 from dynamo_kvtc.tier.metrics import BUCKETS, COUNTERS, GAUGES, HISTOGRAMS, describe
-from dynamo_kvtc.tier.options import TierOptions, parse_options
-
-CONNECTORS_OWN = ("spec_name", "spec_module_path", "offload_prompt_only", "self_describing_kv_events")
-"""Options of kv_connector_extra_config that vLLM's connector reads; the others are the tier's."""
+from dynamo_kvtc.tier.options import TierOptions
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ class KvtcOffloadingSpec(OffloadingSpec):
     def __init__(self, *config: Any) -> None:
         super().__init__(*config)
         self._facts = facts(self)
-        self._options = _options(self.extra_config)
+        self._options = parse_options(self.extra_config)
         check_engine(self._facts, self._options)
         self._worker: Worker | None = None
         self._manager: Manager | None = None
@@ -79,11 +77,6 @@ class KvtcOffloadingSpec(OffloadingSpec):
         if self._manager is None:
             self._manager = Manager(find(self._facts.engine_id), self._facts.block_tokens)
         return self._manager
-
-
-def _options(extra: Any) -> TierOptions:
-    own = {name: value for name, value in extra.items() if name not in CONNECTORS_OWN}
-    return parse_options(own, "kv_connector_extra_config")
 
 
 def check_engine(engine: EngineFacts, options: TierOptions) -> None:
