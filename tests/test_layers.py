@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "dynamo_kvtc"
 # A room imports itself and rooms to its left. `__init__` is the package's own version number.
 ROOMS = [
     "__init__", "errors", "types", "config", "progress", "ops", "store", "codec", "tier", "hf", "evaluate", "calibrate",
-    "demo", "bench", "adapters", "doctor", "cli",
+    "demo", "bench", "adapters", "doctor", "up", "cli",
 ]  # fmt: skip
 
 # Third parties and the modules (path prefixes inside the package) that may import them.
@@ -28,7 +28,7 @@ DOORS = {
     "huggingface_hub": ["hf/"],
     "matplotlib": ["evaluate/plot.py", "demo/report.py", "bench/report.py"],
     "safetensors": ["codec/artifact.py", "hf/"],
-    "msgspec": ["codec/", "calibrate/run.py", "cli/inspect.py"],
+    "msgspec": ["codec/", "calibrate/run.py", "cli/inspect.py", "up/schema.py", "up/kubernetes.py"],
     "zlib": ["ops/deflate/", "ops/checksum/reference.py"],
     "click": ["cli/", "progress"],
     "rich": [

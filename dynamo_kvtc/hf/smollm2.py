@@ -52,7 +52,7 @@ def smollm2_dir(cache_dir: Path | None = None, progress: Progress | None = None)
     or a checksum is wrong.
     """
     say = progress or (lambda line: None)
-    target = _cache_root(cache_dir) / FOLDER
+    target = cache_root(cache_dir) / FOLDER
     # The folder appears by a rename once it is whole, so its presence is enough.
     if target.is_dir():
         return target
@@ -74,7 +74,8 @@ def smollm2_dir(cache_dir: Path | None = None, progress: Progress | None = None)
     return target
 
 
-def _cache_root(cache_dir: Path | None) -> Path:
+def cache_root(cache_dir: Path | None = None) -> Path:
+    """Where this package keeps what it made: KVTC_CACHE, else ~/.cache/dynamo-kvtc."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     configured = os.environ.get("KVTC_CACHE")

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 
-class Strict(msgspec.Struct, forbid_unknown_fields=True, rename="camel", frozen=True, kw_only=True):
+class Strict(msgspec.Struct, forbid_unknown_fields=True, rename="camel", kw_only=True):
     """A field that is not listed is refused."""
 
 

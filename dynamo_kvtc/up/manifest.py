@@ -118,7 +118,9 @@ def _component(
     main = next(c for c in pod.containers if c.name == MAIN)
     others = [c.name for c in (*pod.containers, *pod.init_containers) if c is not main]
     if others or spec.multinode or spec.type in ("planner", "epp"):
-        what = f"containers {', '.join(others)}" if others else "several nodes" if spec.multinode else f"type {spec.type}"
+        what = (
+            f"containers {', '.join(others)}" if others else "several nodes" if spec.multinode else f"type {spec.type}"
+        )
         raise ConfigError(f"{where} has {what}, which one machine cannot stand for: `kvtc up` runs main containers")
     environment = _environment([*graph.spec.env, *main.env], main.env_from, maps, given, where)
     command = tuple(expand(part, environment) for part in (*main.command, *main.args))

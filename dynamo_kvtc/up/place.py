@@ -175,7 +175,7 @@ def _process(
     module = _module(command)
     if command[0] in ("python", "python3"):
         command[0] = machine.python
-    for path, folder in machine.mounts.items():
+    for path, folder in (_own_folders(component, machine.folder, name) | dict(machine.mounts)).items():
         command = [_moved(part, path, folder) for part in command]
         moved = {key: _moved(value, path, folder) for key, value in environment.items()}
         if moved != environment or any(str(folder) in part for part in command):
@@ -197,7 +197,9 @@ def _process(
         if before != (value or ""):
             command = set_flag(command, flag, value)
             if flag != FLAG:
-                told[f"{flag}{'' if value is None else ' ' + value}" + (f" instead of {before}" if before else "")] = None
+                told[f"{flag}{'' if value is None else ' ' + value}" + (f" instead of {before}" if before else "")] = (
+                    None
+                )
     local = LOCAL | QUIET | {
         "DYN_DISCOVERY_BACKEND": "file", "DYN_FILE_KV": str(machine.folder / "discovery"),
         "DYN_NAMESPACE": manifest.dynamo_namespace,
@@ -221,6 +223,16 @@ def _process(
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     path = os.pathsep.join([str(Path(machine.python).parent), os.environ.get("PATH", os.defpath)])
     return Process(name, component.type, tuple(command), _inherited() | {"PATH": path} | environment, health)
+
+
+def _own_folders(component: Component, folder: Path, name: str) -> dict[str, Path]:
+    """Of a replica: its volumes that start empty."""
+    made = {}
+    for number, mount in enumerate(component.mounts):
+        if mount.claim is None and mount.files is None:
+            made[mount.path] = folder / "mounts" / f"{name}-{number}"
+            made[mount.path].mkdir(parents=True, exist_ok=True)
+    return made
 
 
 def _inherited() -> dict[str, str]:

@@ -263,7 +263,9 @@ def _check_graph(graph: Graph, where: str) -> None:
         place = f"{where}, component {component.name}"
         containers = component.pod_template.spec.containers if component.pod_template else []
         if not any(c.name == MAIN and c.image for c in containers):
-            raise ConfigError(f"{place} has no container {MAIN!r} with an image in its podTemplate; the operator needs it")
+            raise ConfigError(
+                f"{place} has no container {MAIN!r} with an image in its podTemplate; the operator needs it"
+            )
         sidecar = component.frontend_sidecar
         if sidecar is not None and sidecar not in {c.name for c in containers}:
             raise ConfigError(f"{place}: frontendSidecar is {sidecar!r}, which is none of its containers")
@@ -311,4 +313,3 @@ def _structs(kind: Any) -> Iterator[Any]:
     elif typing.get_origin(kind) in (typing.Union, types.UnionType, Annotated, list):
         for part in typing.get_args(kind):
             yield from _structs(part)
-

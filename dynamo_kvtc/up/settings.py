@@ -1,4 +1,4 @@
-"""``--kv-transfer-config`` of a manifest's workers: judged before anything starts, by the parsers that will judge it."""
+"""``--kv-transfer-config`` of a manifest's workers, judged before anything starts by the parsers it is for."""
 
 from __future__ import annotations
 
