@@ -38,12 +38,16 @@ CPU_FLAGS = {
     "--dtype": "float32",
     "--max-model-len": "2048",
     "--max-num-seqs": "4",
-    # vLLM's CPU worker is a process of its own otherwise; native offloading needs it beside the scheduler.
     "--distributed-executor-backend": "uni",
     "--tensor-parallel-size": "1",
 }
 ONLY_IF_THERE = ("--tensor-parallel-size",)
-CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+    # With "uni": the worker beside the scheduler, as on one GPU; native offloading needs it there. On CPUs it is a
+    # process of its own otherwise.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}  # fmt: skip
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 LOCAL = {
     "DYN_TCP_RESPONSE_STREAM_HOST": LOOPBACK, "DYN_TCP_RPC_HOST": LOOPBACK, "DYN_SYSTEM_HOST": LOOPBACK,
@@ -83,10 +87,10 @@ class Process:
 
 @dataclass(frozen=True)
 class Plan:
-    """changes: (component, what is another here than in the manifest)."""
+    """changes: (process, all that is another here than in the manifest)."""
 
     processes: tuple[Process, ...]
-    changes: tuple[tuple[str, str], ...]
+    changes: tuple[tuple[str, tuple[str, ...]], ...]
     url: str
     """Of the frontend."""
 
@@ -94,7 +98,7 @@ class Plan:
 def plan(manifest: Manifest, machine: Machine, nats_binary: str | None) -> Plan:
     """nats_binary: of nats-server, where the manifest needs one (``needs_nats``). Raises ConfigError."""
     made: list[Process] = []
-    changes: list[tuple[str, str]] = []
+    changes: list[tuple[str, tuple[str, ...]]] = []
     nats_url = None
     if nats_binary is not None:
         (port,) = free_ports(1)
@@ -106,8 +110,7 @@ def plan(manifest: Manifest, machine: Machine, nats_binary: str | None) -> Plan:
             name = component.name if component.replicas == 1 else f"{component.name}-{replica}"
             told: dict[str, None] = {}
             made.append(_process(component, name, manifest, machine, nats_url, told))
-            if replica == 0:
-                changes += [(component.name, change) for change in told]
+            changes.append((name, tuple(told)))
     return Plan(tuple(made), tuple(changes), f"http://{LOOPBACK}:{machine.port}")
 
 
@@ -196,7 +199,9 @@ def _process(
         before = get_flag(command, flag)
         if before != (value or ""):
             command = set_flag(command, flag, value)
-            if flag != FLAG:
+            if flag == "--kv-events-config":
+                told["endpoint of --kv-events-config is a socket"] = None
+            elif flag != FLAG:
                 told[f"{flag}{'' if value is None else ' ' + value}" + (f" instead of {before}" if before else "")] = (
                     None
                 )

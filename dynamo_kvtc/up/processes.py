@@ -14,8 +14,10 @@ from types import TracebackType
 from dynamo_kvtc.errors import EngineError
 from dynamo_kvtc.up.place import Process
 
-TERM_SECONDS = 20.0
+TERM_SECONDS = 30.0
 """What an orderly end may take; after it SIGKILL."""
+LEFT_SECONDS = 5.0
+"""What processes may take that outlive the one that made them."""
 KILL_SECONDS = 10.0
 LAST_LINES = 12
 
@@ -65,15 +67,23 @@ class Running:
         return "\n".join(text.splitlines()[-lines:])
 
     def stop(self) -> None:
-        """The last that was started is ended first: workers say goodbye to those they talk to."""
+        """As Kubernetes does it: the first process of each is told to end, and ends its own; what is left is killed.
+        The last that was started is ended first: workers say goodbye to those they talk to."""
         deadline = time.monotonic() + TERM_SECONDS
         for _, started in reversed(self._started):
-            _signal(started.pid, signal.SIGTERM)
+            if started.poll() is None:
+                started.terminate()
         for _, started in reversed(self._started):
-            _wait_for_group(started, deadline)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                started.wait(max(0.0, deadline - time.monotonic()))
+        deadline = time.monotonic() + LEFT_SECONDS
         for _, started in self._started:
-            _signal(started.pid, signal.SIGKILL)
+            if started.poll() is not None:
+                _wait_for_group(started, deadline)
         deadline = time.monotonic() + KILL_SECONDS
+        for _, started in self._started:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(started.pid, signal.SIGKILL)
         for _, started in self._started:
             _wait_for_group(started, deadline)
         self._started.clear()
@@ -87,11 +97,6 @@ def alive(groups: Sequence[int]) -> list[int]:
             os.killpg(group, 0)
             found.append(group)
     return found
-
-
-def _signal(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
 
 
 def _wait_for_group(started: subprocess.Popen[bytes], deadline: float) -> None:

@@ -105,8 +105,8 @@ def run(
         root = str(Path(dynamo_kvtc.__file__).parents[1])
         machine = Machine(python, folder, mounts, config.port, config.tier, config.environment, root)
         planned = plan(manifest, machine, nats)
-        for name, change in planned.changes:
-            say(f"{name}: {change}")
+        for line in told(planned):
+            say(line)
         try:
             config.logs.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
@@ -117,6 +117,17 @@ def run(
                 running.start(process)
             model = _wait_until_ready(config, planned, running, watch)
             yield Up(config, planned, model, time.monotonic() - began, running)
+
+
+def told(planned: Plan) -> list[str]:
+    """The changes, those that all processes share first and once."""
+    common = [c for c in planned.changes[0][1] if all(c in changes for _, changes in planned.changes)]
+    own = [(name, [c for c in changes if c not in common]) for name, changes in planned.changes]
+    return [
+        f"{name}, other than in the manifest: {'; '.join(changes)}"
+        for name, changes in [("all", common), *own]
+        if changes
+    ]
 
 
 def dynamo_python(given: str | None) -> str:
@@ -167,8 +178,8 @@ def _check_machine(manifest: Manifest, python: str, config: UpConfig) -> None:
     free = available_memory()
     if free is not None and count * WORKER_BYTES > free:
         raise ConfigError(
-            f"{count} workers take about {count * WORKER_BYTES >> 30} GiB; this machine has {free >> 30} GiB available: lower "
-            " their replicas, or end other programs"
+            f"{count} workers take about {count * WORKER_BYTES >> 30} GiB; {free >> 30} GiB are available here: "
+            "lower their replicas, or end other programs"
         )
     settings = [read_settings(text, c.name) for c in workers if (text := get_flag(c.command, FLAG)) is not None]
     if any(module_of(value) == KVBM for value in settings):

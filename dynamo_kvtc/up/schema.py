@@ -263,9 +263,7 @@ def _check_graph(graph: Graph, where: str) -> None:
         place = f"{where}, component {component.name}"
         containers = component.pod_template.spec.containers if component.pod_template else []
         if not any(c.name == MAIN and c.image for c in containers):
-            raise ConfigError(
-                f"{place} has no container {MAIN!r} with an image in its podTemplate; the operator needs it"
-            )
+            raise ConfigError(f"{place} has no container {MAIN!r} with an image in its podTemplate; it must have one")
         sidecar = component.frontend_sidecar
         if sidecar is not None and sidecar not in {c.name for c in containers}:
             raise ConfigError(f"{place}: frontendSidecar is {sidecar!r}, which is none of its containers")
