@@ -63,7 +63,7 @@ _INHERITED_NOT = ("DYN_", "VLLM_", "NATS_", "ETCD_", "KV_")
 class Machine:
     """python: the interpreter that has Dynamo; folder: of this run alone, short (sockets are in it); mounts: path in
     the container -> folder here; tier: options of kv_connector_extra_config that were asked for; environment: variables
-    that were asked for, given to every component."""
+    that were asked for, given to every component; python_path: before its own PYTHONPATH: this package."""
 
     python: str
     folder: Path
@@ -71,7 +71,7 @@ class Machine:
     port: int
     tier: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
-    package_root: str = ""
+    python_path: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def _process(
             told[f"{key}={value}"] = None
     environment |= {k: v for k, v in local.items() if k not in machine.environment}
     environment |= machine.environment
-    paths = [machine.package_root, *filter(None, [environment.get("PYTHONPATH")])]
+    paths = [*machine.python_path, environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     path = os.pathsep.join([str(Path(machine.python).parent), os.environ.get("PATH", os.defpath)])
     return Process(name, component.type, tuple(command), _inherited() | {"PATH": path} | environment, health)

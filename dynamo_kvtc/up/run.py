@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -31,11 +32,12 @@ from dynamo_kvtc.up.client import Answer, ask, healthy, models
 from dynamo_kvtc.up.manifest import Manifest, read_manifest
 from dynamo_kvtc.up.place import Machine, Plan, check_port, get_flag, needs_nats, plan
 from dynamo_kvtc.up.processes import Running
-from dynamo_kvtc.up.settings import FLAG, KVBM, module_of, read_settings
+from dynamo_kvtc.up.settings import CONNECTOR, FLAG, KVBM, module_of, read_settings
 from dynamo_kvtc.up.supply import supply
 
 WORKER_BYTES = 3 << 30
 """What a worker with the demo's model takes, its cache included."""
+PLUGINS = "vllm.general_plugins"
 _POLL_SECONDS = 0.5
 
 
@@ -103,7 +105,9 @@ def run(
         folder = Path(scratch)
         mounts = supply(manifest, folder, config.mounts, progress, say)
         root = str(Path(dynamo_kvtc.__file__).parents[1])
-        machine = Machine(python, folder, mounts, config.port, config.tier, config.environment, root)
+        machine = Machine(
+            python, folder, mounts, config.port, config.tier, config.environment, (_entry_points(folder), root)
+        )
         planned = plan(manifest, machine, nats)
         for line in told(planned):
             say(line)
@@ -117,6 +121,16 @@ def run(
                 running.start(process)
             model = _wait_until_ready(config, planned, running, watch)
             yield Up(config, planned, model, time.monotonic() - began, running)
+
+
+def _entry_points(folder: Path) -> str:
+    """A folder for PYTHONPATH that says to vLLM what an installed package would: which plugin it brings."""
+    made = folder / "site" / f"dynamo_kvtc-{dynamo_kvtc.__version__}.dist-info"
+    made.mkdir(parents=True)
+    (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: dynamo-kvtc\nVersion: {dynamo_kvtc.__version__}\n")
+    plugins = f"[{PLUGINS}]\nkvtc = {CONNECTOR}.plugin:register\n" if importlib.util.find_spec(CONNECTOR) else ""
+    (made / "entry_points.txt").write_text(plugins)
+    return str(made.parent)
 
 
 def told(planned: Plan) -> list[str]:

@@ -60,5 +60,5 @@ def _parser(settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any] |
     if module == CONNECTOR:
         if importlib.util.find_spec(CONNECTOR) is None:
             raise ConfigError(f"this release has no {CONNECTOR}")
-        return importlib.import_module(CONNECTOR + ".options").parse_options
+        return importlib.import_module(CONNECTOR + ".options").parse_connector
     return parse_offloading if module.startswith(OURS + "vllm") else None
