@@ -88,7 +88,7 @@ SECRET = value("S", secretKeyRef={"name": "s", "key": "k"})
         ({"env": [value("S", fieldRef={"fieldPath": "status.podIP"})]}, {}, "give it with --env S=VALUE"),
         ({"envFrom": [{"secretRef": {"name": "s"}}]}, {}, "the Secret s, which only a cluster has"),
         ({"env": [value("P", configMapKeyRef={"name": "n", "key": "k"})]}, {}, "ConfigMap n, which.*there are m"),
-        ({"env": [value("P", configMapKeyRef={"name": "m", "key": "k"})]}, {}, "'k' of ConfigMap m, which has B, policy"),
+        ({"env": [value("P", configMapKeyRef={"name": "m", "key": "k"})]}, {}, "'k' of ConfigMap m.*has B, policy"),
         ({"command": []}, {}, "has no command"),
         ({}, {"components": [{"name": "side", "image": "i"}]}, "has containers side"),
         ({"volumeMounts": [{"name": "h", "mountPath": "/h"}]}, {"volumes": [{"name": "h", "hostPath": {"path": "/"}}]},
