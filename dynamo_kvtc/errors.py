@@ -15,6 +15,11 @@ KvtcError
 |   |-- EngineVersionError    a release whose private protocol this release does not know
 |   |-- EngineProtocolError   a message that no known release sends
 |   `-- EngineTimeoutError    it did not answer, or a transfer did not end, in time
+|-- TransferError             records on their way between workers
+|   |-- TransferProtocolError bytes that no peer of this release sends
+|   |-- TransferRefusedError  the holder does not serve this asker, or not now
+|   |-- TransferTimeoutError  the other side did not answer, send or take in time
+|   `-- PeerGoneError         the connection could not be made, or ended
 `-- RecordError               a coded block
     |-- RecordTruncatedError  fewer (or more) bytes than it says it has
     |-- RecordCorruptError    a checksum or the entropy decoder's end state disagrees
@@ -85,6 +90,26 @@ class EngineProtocolError(EngineError):
 
 class EngineTimeoutError(EngineError):
     """The other side did not answer, or a transfer did not end, in time."""
+
+
+class TransferError(KvtcError):
+    """Records could not be moved between workers; what did not arrive is computed again."""
+
+
+class TransferProtocolError(TransferError):
+    """Bytes arrived that no peer of this release sends."""
+
+
+class TransferRefusedError(TransferError):
+    """The holder does not serve this asker, or not now."""
+
+
+class TransferTimeoutError(TransferError):
+    """The other side did not answer, send or take in time."""
+
+
+class PeerGoneError(TransferError):
+    """The connection could not be made, or ended."""
 
 
 class RecordError(KvtcError):

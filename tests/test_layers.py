@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "dynamo_kvtc"
 
 # A room imports itself and rooms to its left. `__init__` is the package's own version number.
 ROOMS = [
-    "__init__", "errors", "types", "config", "progress", "ops", "store", "codec", "tier", "hf", "evaluate", "calibrate",
+    "__init__", "errors", "types", "config", "progress", "ops", "store", "codec", "transfer", "tier", "hf", "evaluate", "calibrate",
     "demo", "bench", "adapters", "doctor", "cli",
 ]  # fmt: skip
 
@@ -28,7 +28,7 @@ DOORS = {
     "huggingface_hub": ["hf/"],
     "matplotlib": ["evaluate/plot.py", "demo/report.py", "bench/report.py"],
     "safetensors": ["codec/artifact.py", "hf/"],
-    "msgspec": ["codec/", "calibrate/run.py", "cli/inspect.py"],
+    "msgspec": ["codec/", "transfer/wire.py", "calibrate/run.py", "cli/inspect.py"],
     "zlib": ["ops/deflate/", "ops/checksum/reference.py"],
     "click": ["cli/", "progress"],
     "rich": [
@@ -48,6 +48,7 @@ DOORS = {
     "zmq": ["adapters/kvbm/worker.py"],
     "prometheus_client": ["tier/metrics.py"],
     "nats": ["events/nats.py"],
+    "nixl": ["transfer/nixl.py"],
     # What the store uses, and what it is measured against.
     "sqlite3": ["store/disk_index.py", "bench/store_engines.py"],
     "lmdb": ["bench/store_engines.py"],
