@@ -15,6 +15,13 @@ KvtcError
 |   |-- EngineVersionError    a release whose private protocol this release does not know
 |   |-- EngineProtocolError   a message that no known release sends
 |   `-- EngineTimeoutError    it did not answer, or a transfer did not end, in time
+|-- NatsError                 the NATS server, or a peer behind it
+|   |-- NatsUnavailableError  no server answers, it refused the connection, or the connection was lost
+|   |-- NatsTimeoutError      no answer before the deadline
+|   `-- NatsRefusedError      the server, or a peer, answered that it will not
+|-- EventError                a message about blocks or workers
+|   |-- EventFormatError      its bytes are damaged, oversized or forged
+|   `-- EventVersionError     its version is unknown to this release
 |-- TransferError             records on their way between workers
 |   |-- TransferProtocolError bytes that no peer of this release sends
 |   |-- TransferRefusedError  the holder does not serve this asker, or not now
@@ -90,6 +97,34 @@ class EngineProtocolError(EngineError):
 
 class EngineTimeoutError(EngineError):
     """The other side did not answer, or a transfer did not end, in time."""
+
+
+class NatsError(KvtcError):
+    """The NATS server, or a peer behind it, cannot be worked with."""
+
+
+class NatsUnavailableError(NatsError):
+    """No server answers, it refused the connection, or the connection was lost."""
+
+
+class NatsTimeoutError(NatsError):
+    """No answer before the deadline."""
+
+
+class NatsRefusedError(NatsError):
+    """The server, or a peer, answered that it will not."""
+
+
+class EventError(KvtcError):
+    """A message about blocks or workers cannot be used."""
+
+
+class EventFormatError(EventError):
+    """The message's bytes are damaged, oversized or forged."""
+
+
+class EventVersionError(EventError):
+    """The message's version is unknown to this release."""
 
 
 class TransferError(KvtcError):

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "dynamo_kvtc"
 
 # A room imports itself and rooms to its left. `__init__` is the package's own version number.
 ROOMS = [
-    "__init__", "errors", "types", "config", "progress", "ops", "store", "codec", "transfer", "tier", "hf", "evaluate", "calibrate",
-    "demo", "bench", "adapters", "doctor", "cli",
+    "__init__", "errors", "types", "config", "progress", "ops", "store", "events", "codec", "transfer", "tier", "hf",
+    "evaluate", "calibrate", "demo", "bench", "adapters", "doctor", "cli",
 ]  # fmt: skip
 
 # Third parties and the modules (path prefixes inside the package) that may import them.
