@@ -120,9 +120,17 @@ class Arriving:
         self.record = record
 
     def _has(self, start: int, end: int) -> bool:
-        return start == end or any(a <= start and end <= b for a, b in self._got)
+        if start == end:
+            return True
+        for a, b in self._got:
+            if end <= b:
+                return a <= start
+        return False
 
     def _add(self, start: int, end: int) -> None:
+        if self._got and self._got[-1][1] == start:
+            self._got[-1] = (self._got[-1][0], end)
+            return
         out = []
         for a, b in self._got:
             if b < start or a > end:

@@ -193,6 +193,7 @@ class Pull:
                     self._again(index, wire.groups_of(work.items[i].groups), holder, str(exc), todo, work)
                     continue
                 prove += [(index, group) for group in item.arriving.ready()]
+        proven = nbytes = 0
         bad = [(index, group, self._items[index].arriving.prove(group)) for index, group in prove]
         with self._changed:
             for index, group, wrong in bad:
@@ -202,10 +203,12 @@ class Pull:
                 arriving.proven(group, wrong is None)
                 if wrong is None:
                     self._settled(index, group, "", todo)
-                    self._puller.count(pieces=1, bytes=arriving.bytes_of(group))
+                    proven += 1
+                    nbytes += arriving.bytes_of(group)
                 else:
                     self._puller.wrong(type(wrong).__name__, holder, str(wrong))
                     self._again(index, [group], holder, str(wrong), todo, work)
+        self._puller.count(pieces=proven, bytes=nbytes)
         self._tell(todo)
         self._hire()
 
@@ -318,7 +321,9 @@ class Pull:
     def _tell(self, todo: Sequence[Arrival]) -> None:
         if not todo:
             return
-        self._puller.count(failed=sum(not a.here for a in todo))
+        failed = sum(not a.here for a in todo)
+        if failed:
+            self._puller.count(failed=failed)
         with self._changed:
             self._changed.notify_all()
         if self.over:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dynamo_kvtc.codec.record import CRC_OFFSET, parse_record
+from dynamo_kvtc.codec.record import CRC_OFFSET, section_ends
 from dynamo_kvtc.errors import ConfigError, RecordError, TransferError, TransferProtocolError, TransferTimeoutError
 from dynamo_kvtc.store import Lease, Store
 from dynamo_kvtc.transfer import wire
@@ -217,12 +217,10 @@ class _Answer:
             return wire.OTHER_SIZE
         if self._ends[i] is None:
             try:
-                record = parse_record(lease.record)
+                self._ends[i] = section_ends(lease.record)
             except RecordError as exc:
                 log.warning("transfer: a stored record is damaged: %s", exc)
                 return wire.DAMAGED
-            self._ends[i] = [record.offsets[0], *(o + s for o, s in zip(record.offsets, record.sizes, strict=True))]
-            del record
         header = int.from_bytes(lease.record[CRC_OFFSET : CRC_OFFSET + 4], "little")
         return wire.OTHER_RECORD if item.header not in (0, header) else 0
 
