@@ -92,7 +92,7 @@ class NatsPlane(plane.Plane):
             got = self._nats.subscribe(inbox, pending_bytes=room, timeout=max(0.0, deadline - time.monotonic()))
         except NatsError as exc:
             raise _told(exc, "subscribing to an inbox") from exc
-        return _Stream(self._nats, address, inbox, got, self.frame_bytes)
+        return _Stream(self._nats, address, inbox, got)
 
     def close(self) -> None:
         with self._lock:
@@ -159,8 +159,7 @@ class _Sender(plane.Sender):
 
 
 class _Stream(plane.Stream):
-    def __init__(self, nats: Nats, address: str, inbox: str, got: Subscription, frame_bytes: int) -> None:
-        self.frame_bytes = frame_bytes
+    def __init__(self, nats: Nats, address: str, inbox: str, got: Subscription) -> None:
         self._nats, self._address, self._inbox, self._got = nats, address, inbox, got
         self._connects = nats.connects
         self._closed = False

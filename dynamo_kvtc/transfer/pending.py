@@ -45,10 +45,13 @@ class Arrival:
 
 class Work:
     """An ask to be: pieces (layer group, index), the same as items, and what may come of them in bytes. charge: of it
-    what is not here yet; placed: pieces that are asked for anew already."""
+    what is not here yet; came: bytes that did, told: that were sent, as the end says; late: the end came before them;
+    placed: pieces that are asked for anew already."""
 
     def __init__(self, pieces: list[tuple[int, int]], charge: int) -> None:
-        self.pieces, self.charge, self.all_charge, self.came = pieces, charge, charge, 0
+        self.pieces, self.charge, self.all_charge = pieces, charge, charge
+        self.came = self.told = 0
+        self.late = False
         self.placed: set[tuple[int, int]] = set()
         self.indices: list[int] = []
         self.items: list[wire.Item] = []
@@ -116,7 +119,7 @@ class Pull:
         return arriving.slot.toreadonly() if all(s == HERE for s in arriving.status) else None
 
     def parsed(self, index: int) -> Record | None:
-        """The record with its proven header, for decoding; ``section`` of those layer groups alone that have arrived."""
+        """The record with its proven header, for decoding; ``section`` of those layer groups that have arrived."""
         return self._items[index].arriving.record
 
     def cancel(self) -> None:
@@ -145,7 +148,9 @@ class Pull:
                 arriving = self._items[index].arriving
                 known = arriving.record is not None
                 cost = 0 if index in masks and not known else arriving.bytes_of(group)
-                full = charge + cost > self._puller.ask_bytes or (index not in masks and len(masks) == self._puller.max_items)
+                full = charge + cost > self._puller.ask_bytes or (
+                    index not in masks and len(masks) == self._puller.max_items
+                )
                 if pieces and full:
                     break
                 heapq.heappop(queue)
@@ -163,9 +168,7 @@ class Pull:
             for index, mask in masks.items():
                 item = self._items[index]
                 work.indices.append(index)
-                work.items.append(
-                    wire.Item(item.wanted.key, item.wanted.size, item.arriving.header_checksum, mask)
-                )
+                work.items.append(wire.Item(item.wanted.key, item.wanted.size, item.arriving.header_checksum, mask))
             return work
 
     def arrived(
@@ -226,7 +229,7 @@ class Pull:
         self._hire()
 
     def answered(self, holder: str, work: Work, failed: TransferError | None) -> None:
-        """An ask has ended: what did not come of it is asked elsewhere; with an error, all that waits for its holder."""
+        """An ask has ended: what did not come is asked elsewhere; after an error all that waits for its holder."""
         why = f"{holder}: not all of it was sent" if failed is None else f"{holder}: {failed}"
         todo: list[Arrival] = []
         with self._changed:
@@ -294,9 +297,7 @@ class Pull:
         for group in groups:
             heapq.heappush(queue, (group, index))
         arriving = item.arriving
-        self._queued_bytes[holder] += (
-            sum(map(arriving.bytes_of, groups)) if arriving.record else len(arriving.slot)
-        )
+        self._queued_bytes[holder] += sum(map(arriving.bytes_of, groups)) if arriving.record else len(arriving.slot)
 
     def _settled(self, index: int, group: int, why: str, todo: list[Arrival]) -> None:
         self._open -= 1
@@ -345,7 +346,4 @@ class Pull:
                     self._lanes[holder] += 1
                     hired.append(holder)
         for holder in hired:
-            threading.Thread(
-                target=self._puller.run_lane, args=(self, holder), name="kvtc-pull", daemon=True
-            ).start()
-
+            threading.Thread(target=self._puller.run_lane, args=(self, holder), name="kvtc-pull", daemon=True).start()

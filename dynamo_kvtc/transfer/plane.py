@@ -39,10 +39,8 @@ Answer = Callable[[memoryview, Sender], None]
 
 
 class Stream(ABC):
-    """The asker's end: an ask, its frames up to the last, perhaps another ask. One thread at a time; ``close`` from any.
-    frame_bytes: what an ask may have at most."""
-
-    frame_bytes: int
+    """The asker's end: an ask, its frames up to the last, perhaps another ask. One thread at a time; ``close`` from
+    any."""
 
     @abstractmethod
     def ask(self, frame: Buffer, deadline: float) -> None:

@@ -8,6 +8,7 @@ it again a little later if there is nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -36,6 +37,7 @@ from dynamo_kvtc.transfer.plane import Plane, Stream
 _SLACK_BYTES = 1 << 20
 _IDLE_SECONDS, _IDLE_STREAMS = 20.0, 4
 _BACKOFF_SECONDS = (0.05, 1.0)
+_STRAGGLE_SECONDS = 0.2
 
 __all__ = ["Arrival", "Pull", "PullStats", "Puller", "Wanted"]
 
@@ -56,8 +58,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class PullStats:
-    """pieces: arrived and proven; bytes: theirs; failed: pieces that nobody gave; retried: asked again; in_flight_bytes,
-    in_flight_peak_bytes: asked for and not here, now and at most so far; errors: by kind."""
+    """pieces: arrived and proven; bytes: theirs; failed: pieces that nobody gave; retried: asked again;
+    in_flight_bytes, in_flight_peak_bytes: asked for and not here, now and at most so far; errors: by kind."""
 
     pulls: int = 0
     pieces: int = 0
@@ -146,7 +148,9 @@ class Puller:
         for w in wanted:
             check_key(w.key)
             if not FIXED_BYTES < w.size <= options.record_bytes:
-                raise ConfigError(f"a record of {w.size} bytes; it must have {FIXED_BYTES + 1} to {options.record_bytes}")
+                raise ConfigError(
+                    f"a record of {w.size} bytes; a pull takes {FIXED_BYTES + 1} to {options.record_bytes}"
+                )
         if len({w.key for w in wanted}) != len(wanted):
             raise ConfigError("a key is wanted twice in one pull; ask for it once")
         nbytes = sum(w.size for w in wanted)
@@ -248,12 +252,15 @@ class Puller:
                 frame = stream.receive(self._silence(give_up))
             while not self._hand_over(pull, holder, work, number, frame):
                 frame = stream.receive(self._silence(give_up))
+            if work.came < work.told:
+                self._stragglers(pull, holder, work, number, stream)
         except BaseException:
             stream.close()
             raise
         finally:
             pull.streams.discard(stream)
-        self._keep((plane.name, address), stream)
+        if not work.late:
+            self._keep((plane.name, address), stream)
 
     def _hand_over(self, pull: Pull, holder: str, work: Work, number: int, frame: memoryview) -> bool:
         """True at the end."""
@@ -265,6 +272,7 @@ class Puller:
         if isinstance(message, wire.Refused):
             raise (TransferTimeoutError if message.busy else TransferRefusedError)(f"refused: {message.why}")
         if isinstance(message, wire.End):
+            work.told = message.sent_bytes
             return True
         if isinstance(message, wire.Missing):
             pull.missing(holder, work, message.items)
@@ -277,6 +285,15 @@ class Puller:
         work.charge -= here
         self.budget.give(here)
         return False
+
+    def _stragglers(self, pull: Pull, holder: str, work: Work, number: int, stream: Stream) -> None:
+        """What the end has overtaken, if it comes soon. The stream is not used again."""
+        until = min(pull.deadline, time.monotonic() + _STRAGGLE_SECONDS)
+        with contextlib.suppress(TransferTimeoutError, PeerGoneError):
+            while work.came < work.told:
+                self._hand_over(pull, holder, work, number, stream.receive(until))
+        stream.close()
+        work.late = True
 
     def _silence(self, give_up: float) -> float:
         return min(give_up, time.monotonic() + self.options.silence_seconds)
@@ -312,5 +329,3 @@ class Puller:
                 idle.append((time.monotonic(), stream))
         if not keep:
             stream.close()
-
-

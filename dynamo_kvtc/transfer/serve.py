@@ -137,6 +137,7 @@ class _Answer:
         self._ends: list[list[int] | None] = [None] * len(ask.items)
         self._held: dict[int, Lease] = {}
         self._segments: list[tuple[int, int, int]] = []
+        self._sent = 0
         self._parts: list[memoryview] = []
         self._room = self._full = sender.frame_bytes - 64
 
@@ -154,7 +155,7 @@ class _Answer:
                             self._left[i] &= -1 << (group + 1)
                     self._let_go([i for i in some if not self._left[i]])
             self._flush()
-            self._server._send(self._sender, [wire.pack(wire.End(self._ask.ask))], self._deadline)
+            self._server._send(self._sender, [wire.pack(wire.End(self._ask.ask, self._sent))], self._deadline)
         finally:
             self._parts.clear()
             self._release(list(self._held))
@@ -245,7 +246,9 @@ class _Answer:
         if self._segments:
             head = wire.pack(wire.Pieces(self._ask.ask, self._segments))
             self._server._send(self._sender, [head, *self._parts], self._deadline)
-            self._server._count(sent_bytes=sum(length for _, _, length in self._segments))
+            nbytes = sum(length for _, _, length in self._segments)
+            self._sent += nbytes
+            self._server._count(sent_bytes=nbytes)
             for part in self._parts:
                 part.release()
             self._segments, self._parts, self._room = [], [], self._full

@@ -63,7 +63,7 @@ class TcpOptions:
             if value is not None:
                 _number(value, name)
         if self.advertise is None and ipaddress.ip_address(self.host).is_unspecified:
-            raise ConfigError(f"host is {self.host}, which nobody can be reached by: set advertise to this worker's own")
+            raise ConfigError(f"host is {self.host}, which nobody can be reached by: set advertise to its own")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port is {self.port}; it must be 0 to 65535")
         if self.connections < 1:
@@ -243,8 +243,6 @@ _PARTS = 512
 
 
 class _Stream(plane.Stream):
-    frame_bytes = FRAME_BYTES
-
     def __init__(self, line: _Line, forget) -> None:  # type: ignore[no-untyped-def]
         self._line, self._forget, self._waiting = line, forget, False
 

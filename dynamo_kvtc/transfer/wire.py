@@ -71,9 +71,10 @@ class Pieces(msgspec.Struct, tag="pieces", array_like=True, frozen=True):
 
 
 class End(msgspec.Struct, tag="end", array_like=True, frozen=True):
-    """All that this holder has of the ask was sent."""
+    """All that this holder has of the ask was sent: so many bytes of payload."""
 
     ask: _Number
+    sent_bytes: Annotated[int, Meta(ge=0)]
 
 
 class Refused(msgspec.Struct, tag="refused", array_like=True, frozen=True):
