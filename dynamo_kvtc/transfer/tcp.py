@@ -243,7 +243,7 @@ _PARTS = 512
 
 
 class _Stream(plane.Stream):
-    def __init__(self, line: _Line, forget) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, line: _Line, forget) -> None:
         self._line, self._forget, self._waiting = line, forget, False
 
     def ask(self, frame: Buffer, deadline: float) -> None:
@@ -348,7 +348,7 @@ class _translated(contextlib.AbstractContextManager[None]):
     def __init__(self, doing: str) -> None:
         self._doing = doing
 
-    def __exit__(self, kind, value, trace) -> None:  # type: ignore[no-untyped-def]
+    def __exit__(self, kind, value, trace) -> None:
         if isinstance(value, OSError):
             raise _told(value, self._doing) from value
         if isinstance(value, ValueError) and not isinstance(value, TransferError):

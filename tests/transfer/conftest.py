@@ -58,8 +58,10 @@ class Field:
             holder.end()
 
 
-@pytest.fixture(params=["tcp", "nats"])
+@pytest.fixture(params=["tcp", "nats", "nixl"])
 def field(request, nats_server):
+    if request.param == "nixl":
+        pytest.importorskip("nixl")
     made = Field(request.param, nats_server.url)
     yield made
     made.close()

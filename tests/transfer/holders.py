@@ -16,8 +16,11 @@ from dynamo_kvtc.transfer.serve import Server
 from dynamo_kvtc.transfer.tcp import TcpPlane
 from tests.transfer.records import EXPECTED, PEERS, make_records, store_of, wanted_of
 
-# Importing all that a holder needs takes seconds; what this process has running a child does not touch.
-_CONTEXT = multiprocessing.get_context("fork")
+
+def _context(kind: str):
+    """Importing all that a holder needs takes seconds, and what this process has running a child does not touch; but
+    UCX does not outlive a fork."""
+    return multiprocessing.get_context("spawn" if kind == "nixl" else "fork")
 
 
 class Faulty(Sender):
@@ -75,6 +78,10 @@ def plane_of(kind: str, where: str, name: str) -> Plane:
     """where: the NATS server's address."""
     if kind == "tcp":
         return TcpPlane()
+    if kind == "nixl":
+        from dynamo_kvtc.transfer.nixl import NixlPlane
+
+        return NixlPlane()
     from dynamo_kvtc.events.nats import open_nats
     from dynamo_kvtc.events.options import NatsOptions
     from dynamo_kvtc.transfer.nats import NatsPlane
@@ -106,9 +113,10 @@ def _ask(pipe, kind, where, made, addresses):
 
 
 class Process:
-    def __init__(self, target, *args):
-        self.pipe, theirs = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=target, args=(theirs, *args), daemon=True)
+    def __init__(self, target, kind, *args):
+        context = _context(kind)
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=target, args=(theirs, kind, *args), daemon=True)
         self.process.start()
         theirs.close()
 

@@ -366,7 +366,8 @@ def test_bad_input_is_refused_before_anything_is_taken(world, rng):
     assert records
     for made in (
         lambda: PullOptions(in_flight_bytes=10), lambda: PullOptions(record_bytes=1 << 30),
-        lambda: PullOptions(lanes=0), lambda: ServeOptions(leased_bytes=1), lambda: ServeOptions(stall_seconds=0), lambda: Peers("", "x"),
+        lambda: PullOptions(lanes=0),
+        lambda: ServeOptions(leased_bytes=1), lambda: ServeOptions(stall_seconds=0), lambda: Peers("", "x"),
         lambda: PullOptions(silence_seconds=float("inf")),
     ):  # fmt: skip
         with pytest.raises(ConfigError):
