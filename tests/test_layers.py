@@ -39,6 +39,7 @@ DOORS = {
         "demo/engine_report.py",
         "bench/report.py",
         "bench/store_report.py",
+        "bench/pull_report.py",
     ],
     "triton": ["ops/*/triton.py"],
     "nvidia": ["ops/deflate/"],

@@ -50,7 +50,7 @@ class PullOptions:
 
     in_flight_bytes: int = 64 * MIB
     ask_bytes: int = 8 * MIB
-    lanes: int = 2
+    lanes: int = 1
     record_bytes: int = MAX_RECORD_BYTES
     pull_bytes: int = 1024 * MIB
     connect_seconds: float = 1.0

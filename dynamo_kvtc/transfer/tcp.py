@@ -38,6 +38,7 @@ _GREETING = b"KVTC-TCP\x01"
 _NONCE_BYTES = 32
 _GREET_SECONDS = 2.0
 _LENGTH = struct.Struct("<I")
+_TIME = struct.Struct("@ll")
 
 log = logging.getLogger(__name__)
 
@@ -191,26 +192,30 @@ Plane = TcpPlane
 
 
 class _Line(plane.Sender):
-    """A socket that carries frames. Its buffer grows to the largest frame that came, at most MAX_FRAME_BYTES."""
+    """A socket that carries frames. Its buffer grows to the largest frame that came, at most MAX_FRAME_BYTES.
+
+    A plain socket blocks in the kernel, which minds the deadline: one call a frame. Python's own timeouts would take
+    a call for each stretch that is there, and a thread waits up to 5 ms for the interpreter after every one.
+    """
 
     frame_bytes = FRAME_BYTES
 
     def __init__(self, made: socket.socket) -> None:
         self.socket = made
+        self._tls = isinstance(made, ssl.SSLSocket)
+        if not self._tls:
+            made.settimeout(None)
         self._buffer = bytearray(_LENGTH.size)
 
     def send(self, frame: Sequence[Buffer], deadline: float | None) -> None:
         parts = [memoryview(part) for part in frame if len(part)]
         parts.insert(0, memoryview(_LENGTH.pack(sum(map(len, parts)))))
-        if isinstance(self.socket, ssl.SSLSocket):
+        if self._tls:
             parts = [memoryview(b"".join(parts))]
         with _translated("sending"):
             while parts:
-                self.socket.settimeout(_left(deadline))
-                if isinstance(self.socket, ssl.SSLSocket):
-                    sent = self.socket.send(parts[0])
-                else:
-                    sent = self.socket.sendmsg(parts[:_PARTS])
+                self._mind(socket.SO_SNDTIMEO, deadline)
+                sent = self.socket.send(parts[0]) if self._tls else self.socket.sendmsg(parts[:_PARTS])
                 while parts and sent >= len(parts[0]):
                     sent -= len(parts.pop(0))
                 if sent:
@@ -228,11 +233,19 @@ class _Line(plane.Sender):
         self._fill(frame, deadline if deadline is not None else time.monotonic() + _GREET_SECONDS)
         return frame
 
+    def _mind(self, option: int, deadline: float | None) -> None:
+        left = _left(deadline)
+        if self._tls:
+            self.socket.settimeout(left)
+        else:
+            microseconds = 0 if left is None else max(1, int(1e6 * left))
+            self.socket.setsockopt(socket.SOL_SOCKET, option, _TIME.pack(*divmod(microseconds, 1_000_000)))
+
     def _fill(self, part: memoryview, deadline: float | None) -> None:
         with _translated("receiving"):
             while len(part):
-                self.socket.settimeout(_left(deadline))
-                got = self.socket.recv_into(part)
+                self._mind(socket.SO_RCVTIMEO, deadline)
+                got = self.socket.recv_into(part, 0, 0 if self._tls else socket.MSG_WAITALL)
                 if not got:
                     raise PeerGoneError("the other side closed the connection")
                 part = part[got:]
@@ -356,7 +369,7 @@ class _translated(contextlib.AbstractContextManager[None]):
 
 
 def _told(exc: OSError, doing: str) -> TransferError:
-    if isinstance(exc, TimeoutError):
+    if isinstance(exc, TimeoutError | BlockingIOError):
         return TransferTimeoutError(f"{doing}: not in time")
     return PeerGoneError(f"{doing}: {exc}")
 

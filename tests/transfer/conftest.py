@@ -59,9 +59,9 @@ class Field:
 
 
 @pytest.fixture(params=["tcp", "nats", "nixl"])
-def field(request, nats_server):
+def field(request):
     if request.param == "nixl":
         pytest.importorskip("nixl")
-    made = Field(request.param, nats_server.url)
+    made = Field(request.param, request.getfixturevalue("nats_server").url if request.param == "nats" else "")
     yield made
     made.close()
