@@ -56,7 +56,7 @@ def make_plane(name: str, host: str, nats_url: str | None, worker: str) -> Plane
         from dynamo_kvtc.events.options import NatsOptions
 
         assert nats_url is not None
-        return module.NatsPlane(open_nats(NatsOptions(servers=(nats_url,))), f"kvtc.bench.pull.{worker}")
+        return module.NatsPlane(open_nats(NatsOptions(servers=(nats_url,))), f"kvtc.bench.pull.{worker}", True)
     return module.Plane()
 
 

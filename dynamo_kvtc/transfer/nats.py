@@ -43,10 +43,10 @@ log = logging.getLogger(__name__)
 class NatsPlane(plane.Plane):
     name = "nats"
 
-    def __init__(self, nats: Nats, subject: str) -> None:
-        """subject: this worker's own, for asks: the namespace, the model key and the worker's id should be in it. The
-        connection stays the caller's."""
-        self._nats, self._subject = nats, subject
+    def __init__(self, nats: Nats, subject: str, owned: bool = False) -> None:
+        """subject: this worker's own, for asks: the namespace, the model key and the worker's id should be in it.
+        owned: the connection is closed with the plane; otherwise it stays the caller's."""
+        self._nats, self._subject, self._owned = nats, subject, owned
         self._subscriptions: list[Subscription] = []
         self._answers: dict[str, _Sender] = {}
         self._names = itertools.count()
@@ -102,6 +102,8 @@ class NatsPlane(plane.Plane):
             sender.end()
         for subscription in self._subscriptions:
             subscription.close(1.0)
+        if self._owned:
+            self._nats.close(1.0)
 
     def _serve(self, answer: Answer, message: Message, sender: _Sender, name: str) -> None:
         try:

@@ -52,8 +52,6 @@ class Field:
             puller.close()
         for plane in self.planes:
             plane.close()
-            if hasattr(plane, "_nats"):
-                plane._nats.close(1.0)
         for holder in self.holders.values():
             holder.end()
 

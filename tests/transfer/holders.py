@@ -86,7 +86,7 @@ def plane_of(kind: str, where: str, name: str) -> Plane:
     from dynamo_kvtc.events.options import NatsOptions
     from dynamo_kvtc.transfer.nats import NatsPlane
 
-    return NatsPlane(open_nats(NatsOptions(servers=(where,))), f"kvtc.test.pull.{name}")
+    return NatsPlane(open_nats(NatsOptions(servers=(where,))), f"kvtc.test.pull.{name}", owned=True)
 
 
 def _hold(pipe, kind, where, name, made, fault, seconds, frame_bytes, options):
@@ -142,7 +142,7 @@ class Holder(Process):
         frame_bytes: int = 4096, options: ServeOptions | None = None,
     ) -> None:  # fmt: skip
         super().__init__(_hold, kind, where, name, made, fault, seconds, frame_bytes, options)
-        self.addresses = self.hear()
+        self.addresses = self.hear(120)
 
     def stats(self):
         self.pipe.send("stats")
@@ -152,7 +152,7 @@ class Holder(Process):
 class Asker(Process):
     def __init__(self, kind: str, where: str, made: tuple, addresses) -> None:
         super().__init__(_ask, kind, where, made, addresses)
-        assert self.hear() == "begun"
+        assert self.hear(120) == "begun"
 
 
 STOP, KILL = signal.SIGSTOP, signal.SIGKILL
