@@ -109,12 +109,12 @@ class Nats:
             self._changed.wait_for(lambda: self.connected or self._closed, timeout)
         return self.connected
 
-    def on_connected(self, told: Callable[[], None]) -> None:
-        """Called after every connection, the first included if it is still to come; not on the connection's thread."""
-        self._told_up.append(told)
+    def on_connected(self, told: Callable[[], None]) -> Callable[[], None]:
+        """Called after every connection that is still to come, on a thread that may use this. The result ends it."""
+        return _listed(self._told_up, told)
 
-    def on_disconnected(self, told: Callable[[], None]) -> None:
-        self._told_down.append(told)
+    def on_disconnected(self, told: Callable[[], None]) -> Callable[[], None]:
+        return _listed(self._told_down, told)
 
     def new_inbox(self) -> str:
         """A subject that nobody else uses."""
@@ -389,6 +389,15 @@ class Nats:
         for one in list(told):
             with contextlib.suppress(RuntimeError):
                 self._teller.submit(_safely, one)
+
+
+def _listed(told: list[Callable[[], None]], one: Callable[[], None]) -> Callable[[], None]:
+    def end() -> None:
+        with contextlib.suppress(ValueError):
+            told.remove(one)
+
+    told.append(one)
+    return end
 
 
 def _safely(told: Callable[[], None]) -> None:
