@@ -85,6 +85,7 @@ class Nats:
         self._out_bytes = 0
         self._pumping = False
         self._subscriptions: dict[Subscription, Any] = {}
+        self._asked: dict[str, asyncio.Future[str]] = {}
         self._told_up: list[Callable[[], None]] = []
         self._told_down: list[Callable[[], None]] = []
         self._closed = False
@@ -146,7 +147,7 @@ class Nats:
         self, subject: str, payload: bytes, timeout: float, headers: Mapping[str, str] | None = None
     ) -> Message:  # fmt: skip
         """Raises NatsTimeoutError; NatsUnavailableError if not connected, or nobody serves there; NatsRefusedError if
-        whoever serves failed."""
+        whoever serves failed, or this user may not ask there."""
         self._check_size(subject, payload, headers)
         asked = self._request(subject, payload, timeout, dict(headers) if headers else None)
         answer = self._on_thread(asked, timeout, f"{subject} did not answer within {timeout:g} s")
@@ -286,6 +287,9 @@ class Nats:
         async def erred(exc: Exception) -> None:
             # A refusal by permission closes nothing: nobody but the log would hear of it.
             text = str(exc) or type(exc).__name__
+            for subject, denied in list(self._asked.items()):
+                if "permissions violation" in text.lower() and f'"{subject.lower()}"' in text.lower():
+                    denied.set_result(text) if not denied.done() else None
             if text != self.last_error:
                 log.log(logging.WARNING if self.connected else logging.DEBUG, "NATS: %s", text)
             self.last_error = text
@@ -342,10 +346,16 @@ class Nats:
         client, lost = self._client, self._lost
         if client is None or lost is None:
             raise NatsUnavailableError(f"not connected to NATS: {self.last_error or 'not yet'}")
+        # The server drops what one may not publish, and says so beside it: without this the asker would wait.
+        denied = self._asked.setdefault(subject, self._loop.create_future())
         asked = asyncio.ensure_future(client.request(subject, payload, timeout, headers=headers))
-        await asyncio.wait(_any(asked, lost), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(_any(asked, lost, denied), return_when=asyncio.FIRST_COMPLETED)
+        if denied.done() or self._asked.get(subject) is denied:
+            self._asked.pop(subject, None)
         if not asked.done():
             asked.cancel()
+            if denied.done():
+                raise NatsRefusedError(denied.result())
             raise NatsUnavailableError(f"the NATS connection was lost while {subject} was asked")
         try:
             got = asked.result()

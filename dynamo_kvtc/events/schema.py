@@ -1,4 +1,4 @@
-"""What workers tell each other: msgpack behind a version byte, checked whole before anybody sees a field.
+"""What workers tell each other: a version byte, a CRC-32, msgpack; checked whole before anybody sees a field.
 
     batch      events of one worker, numbered: on ``kvtc.<namespace>.<model key>.events.<worker>``, and in a stream
     beat       that a worker lives, what it is and how it does: a value in a bucket, gone after its time
@@ -11,8 +11,10 @@ EventFormatError; no length is believed that the payload's own length does not b
 
 from __future__ import annotations
 
+import binascii
 import re
 import secrets
+import struct
 import time
 from typing import Annotated, TypeVar
 
@@ -162,8 +164,8 @@ class Held(_Told, frozen=True):
 
 
 class SnapshotPage(_Told, frozen=True):
-    """sequence: events before it are in the snapshot, the later ones must be applied over it. epoch: of the worker that
-    answers; entries are empty if it is not the one asked for. end: no page comes after."""
+    """sequence: events before it are in the snapshot, the later ones must be applied over it; 0 is a refusal: another
+    epoch, or a snapshot that is not known (any more). epoch: of the worker that answers. end: no page comes after."""
 
     worker: Token
     epoch: Count
@@ -173,28 +175,33 @@ class SnapshotPage(_Told, frozen=True):
     entries: Annotated[list[Held], Meta(max_length=PAGE_ENTRIES)]
 
 
+_HEAD = struct.Struct("<BI")
 T = TypeVar("T", Batch, Beat, SnapshotAsk, SnapshotPage)
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS = {kind: msgspec.msgpack.Decoder(kind) for kind in (Batch, Beat, SnapshotAsk, SnapshotPage)}
 
 
 def encode(message: Batch | Beat | SnapshotAsk | SnapshotPage) -> bytes:
-    return bytes([VERSION]) + _ENCODER.encode(message)
+    body = _ENCODER.encode(message)
+    return _HEAD.pack(VERSION, binascii.crc32(body)) + body
 
 
 def decode(kind: type[T], payload: bytes, max_bytes: int = MAX_BYTES) -> T:
     """Raises EventVersionError, EventFormatError."""
     if len(payload) > max_bytes:
         raise EventFormatError(f"a {kind.__name__} of {len(payload)} bytes; at most {max_bytes} are taken")
-    if not payload:
-        raise EventFormatError(f"a {kind.__name__} of no bytes")
+    if len(payload) <= _HEAD.size:
+        raise EventFormatError(f"a {kind.__name__} of {len(payload)} bytes; its head alone has {_HEAD.size}")
     if payload[0] != VERSION:
         raise EventVersionError(
             f"a {kind.__name__} of version {payload[0]}; this release knows version {VERSION}: run the same release on "
             "all workers of the namespace"
         )
+    body = memoryview(payload)[_HEAD.size :]
+    if binascii.crc32(body) != _HEAD.unpack_from(payload)[1]:
+        raise EventFormatError(f"a {kind.__name__} of {len(payload)} bytes was damaged: its checksum is another")
     try:
-        return _DECODERS[kind].decode(memoryview(payload)[1:])  # type: ignore[return-value]
+        return _DECODERS[kind].decode(body)  # type: ignore[return-value]
     except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as exc:
         raise EventFormatError(f"a {kind.__name__} of {len(payload)} bytes cannot be read: {exc}") from exc
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import struct
 import tracemalloc
+import zlib
 
 import msgspec
 import pytest
@@ -36,6 +39,10 @@ from tests.builders import case_seed
 KEY = bytes(range(32))
 
 
+def sealed(body):
+    return struct.pack("<BI", 1, zlib.crc32(body)) + body
+
+
 def up(**more):
     told = {
         "worker": "w1", "epoch": 7, "model": "m1", "model_name": "SmolLM2", "artifact": "ab" * 32,
@@ -63,7 +70,7 @@ def test_a_message_comes_back_as_it_was(message):
 
 
 @pytest.mark.parametrize("message", messages(), ids=lambda m: type(m).__name__)
-def test_damage_is_an_error_of_ours_or_another_valid_message(message):
+def test_damage_is_an_error(message):
     rng = random.Random(case_seed())
     whole, kind = encode(message), type(message)
     for end in range(len(whole)):
@@ -73,20 +80,24 @@ def test_damage_is_an_error_of_ours_or_another_valid_message(message):
         decode(kind, whole + b"\0")
     for _ in range(2000):
         bad = bytearray(whole)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        with pytest.raises(EventError, match=kind.__name__):
+            decode(kind, bytes(bad))
+    # A liar, who counts his checksum right: still an error of ours, or another message that is whole.
+    for _ in range(2000):
+        body = bytearray(whole[5:])
         for _ in range(rng.randrange(1, 4)):
-            bad[rng.randrange(len(bad))] = rng.randrange(256)
-        try:
-            assert isinstance(decode(kind, bytes(bad)), kind)
-        except EventError as exc:
-            assert kind.__name__ in str(exc)
+            body[rng.randrange(len(body))] = rng.randrange(256)
+        with contextlib.suppress(EventError):
+            assert isinstance(decode(kind, sealed(bytes(body))), kind)
 
 
 def test_another_version_is_told_from_damage():
     whole = bytearray(encode(messages()[0]))
     whole[0] = 9
-    with pytest.raises(EventVersionError, match="version 9.*version 1"):
+    with pytest.raises(EventVersionError, match=r"version 9.*version 1"):
         decode(Batch, bytes(whole))
-    with pytest.raises(EventFormatError, match="no bytes"):
+    with pytest.raises(EventFormatError, match="0 bytes"):
         decode(Batch, b"")
 
 
@@ -118,7 +129,7 @@ def test_an_oversized_message_is_refused_before_it_is_read():
     tracemalloc.start()
     with pytest.raises(EventFormatError, match="3145729 bytes; at most 1048576"):
         decode(Batch, huge)
-    forged = b"\1" + msgspec.msgpack.encode(["w", 1, 0, 0])[:-1] + b"\0\xdd\xff\xff\xff\xff"
+    forged = sealed(msgspec.msgpack.encode(["w", 1, 0, 0])[:-1] + b"\0\xdd\xff\xff\xff\xff")
     with pytest.raises(EventFormatError):
         decode(Batch, forged)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
