@@ -30,6 +30,8 @@ GRACE_SECONDS = 0.05
 """What is only late comes by itself."""
 PAGE_SECONDS = 2.0
 PAGE_TRIES = 3
+LEAST_ENTRIES = 64
+"""Of a page that is not the last: nobody keeps us busy with crumbs."""
 SNAPSHOT_SECONDS = 120.0
 TURN_SECONDS = 0.05
 STREAM_SECONDS = 5.0
@@ -301,7 +303,8 @@ class Follower:
             if got.end:
                 return sequence
             page += 1
-            if total > self.index.capacity or time.monotonic() > deadline or self._closed.is_set() or not held:
+            endless = total > self.index.capacity or len(held) < LEAST_ENTRIES or time.monotonic() > deadline
+            if endless or self._closed.is_set():
                 raise EventError(f"the snapshot of worker {peer.worker} did not end at {total} entries")
 
     def _ask_page(self, peer: Peer, ask: SnapshotAsk) -> SnapshotPage:

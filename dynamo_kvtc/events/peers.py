@@ -64,10 +64,17 @@ class Peer:
     def thaw(self, sequence: int | None) -> list[Event]:
         """The snapshot is there, with all events before sequence; None: it failed. What is to be applied now."""
         self.frozen = False
-        if sequence is not None:
-            self.next, self.wants_snapshot = sequence, False
-            self.known_end = max(self.known_end, sequence)
-        return self._take_waiting()
+        if sequence is None:
+            return self._take_waiting()
+        # What is said to lie further ahead than the worker's own word now reaches may be a lie. If it is none, the next
+        # heartbeat shows that something is missing.
+        self.next = self.known_end = sequence
+        self.wants_snapshot = False
+        events = self._take_waiting()
+        self._waiting.clear()
+        self._waiting_events = 0
+        self.known_end = self.next
+        return events
 
     def _wait(self, batch: Batch) -> None:
         known = self._waiting.get(batch.sequence)

