@@ -276,9 +276,7 @@ class Nats:
             self._tell(self._told_down)
 
     async def _connect(self) -> Client | None:
-        from nats.aio.client import Client
-
-        client, lost = Client(), self._loop.create_future()
+        client, lost = _new_client(self.options.tls), self._loop.create_future()
 
         async def closed() -> None:
             if not lost.done():
@@ -423,6 +421,21 @@ def _message(got: Any) -> Message:
 
 def _any(*futures: asyncio.Future[Any]) -> set[asyncio.Future[Any]]:
     return set(futures)
+
+
+def _new_client(tls: bool) -> Client:
+    from nats.aio.client import Client
+    from nats.errors import SecureConnWantedError
+
+    class Checked(Client):
+        """The library talks in the clear to a server that does not ask for TLS, even at an address that says tls."""
+
+        def _connect_command(self) -> bytes:
+            if tls and not self._server_info.get("tls_required"):
+                raise SecureConnWantedError
+            return super()._connect_command()
+
+    return Checked()
 
 
 def _client_options(options: NatsOptions, name: str) -> dict[str, Any]:

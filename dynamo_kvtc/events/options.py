@@ -81,7 +81,6 @@ class NatsOptions:
 
     def for_client(self) -> dict[str, Any]:
         """What the client's library is told of it. Raises ConfigError if the TLS files are none."""
-        # It would fall back to plain text where a server offers no TLS, unless the address itself says tls.
         made: dict[str, Any] = {
             "servers": [s.replace("nats://", "tls://", 1) if self.tls else s for s in self.servers],
             "inbox_prefix": self.inbox_prefix,
