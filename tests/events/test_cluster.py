@@ -21,7 +21,7 @@ from dynamo_kvtc.events.follower import Follower
 from dynamo_kvtc.events.index import Index
 from dynamo_kvtc.events.nats import open_nats
 from dynamo_kvtc.events.options import EventOptions, NatsOptions
-from dynamo_kvtc.events.schema import Batch, Beat, BlocksCleared, BlockStored, WorkerStats, encode
+from dynamo_kvtc.events.schema import Batch, Beat, BlocksCleared, BlockStored, WorkerStats, decode, encode
 from tests.builders import case_seed
 from tests.events.servers import until
 from tests.events.worker import Worker, who
@@ -403,3 +403,21 @@ def test_a_publisher_never_waits_and_its_memory_is_bounded(tmp_path):
         assert time.monotonic() - began < 5
     finally:
         cluster.close()
+
+
+@pytest.mark.parametrize("few", [{"batch_events": 7}, {"batch_bytes": 1024}])
+def test_batches_are_cut_by_count_and_by_bytes(cluster, few):
+    spy = cluster.nats().subscribe(f"kvtc.{cluster.namespace}.m1.events.*")
+    a = cluster.worker(options=EventOptions(linger_seconds=10.0, **few))
+    for i in range(100):
+        a.publisher.stored(i.to_bytes(32, "little"), "disk", (1 << 32) - 1, bytes(32), 1 << 40, 16)
+    sizes, got = [], 0
+    while got < 7 * (101 // 7) - 7:  # the last ones wait for their time
+        message = spy.get(5)
+        batch = decode(Batch, message.data)
+        assert batch.sequence == got
+        got = batch.end
+        assert len(message.data) <= 1024 + 128
+        sizes.append(len(batch.events))
+    assert max(sizes) <= 9
+    assert a.publisher.close()
