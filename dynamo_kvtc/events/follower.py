@@ -234,8 +234,9 @@ class Follower:
         with self._lock:
             behind = [p for p in self._peers.known.values() if p.behind and not p.refused and p.beat]
             for peer in self._peers.known.values():
-                if not peer.behind:
-                    peer.behind_since = None
+                # While the next one comes, the rest is only late.
+                if not peer.behind or peer.next != peer.seen_next:
+                    peer.behind_since, peer.seen_next = None, peer.next
             for peer in behind:
                 peer.behind_since = peer.behind_since or now
         for peer in behind:

@@ -31,6 +31,7 @@ class Peer:
         self.beat = 0
         self.wants_snapshot = self.frozen = self.refused = False
         self.behind_since: float | None = None
+        self.seen_next = 0
         self.retry_at, self.failures = 0.0, 0
         self.deadline = 0.0
         self.duplicates = 0
