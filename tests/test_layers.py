@@ -47,7 +47,8 @@ DOORS = {
     "dynamo": ["adapters/kvbm"],
     "zmq": ["adapters/kvbm/worker.py"],
     "prometheus_client": ["tier/metrics.py"],
-    "nats": ["events/nats.py"],
+    "nats": ["events/nats_client.py"],
+    "nkeys": ["events/nats_client.py"],
     # What the store uses, and what it is measured against.
     "sqlite3": ["store/disk_index.py", "bench/store_engines.py"],
     "lmdb": ["bench/store_engines.py"],

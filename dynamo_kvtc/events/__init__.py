@@ -3,7 +3,8 @@
     a tier's thread -> Publisher -> batches -> stream and subscribers -> Follower -> Index <- whoever looks a prefix up
                            `-- heartbeats in a bucket, a page of all it holds for whoever asks
 
-    nats.py       the one door to NATS: a connection found again for ever; options.py, inbox.py are its parts
+    nats.py       the one door to NATS: a connection found again for ever; nats_client.py (the library),
+                  options.py, inbox.py are its parts
     jetstream.py  streams and buckets, over that door's requests
     schema.py     the messages: tagged, versioned, bounded, checked whole
     publisher.py  this worker's events out, in batches, never waited for; holdings.py answers for all it holds

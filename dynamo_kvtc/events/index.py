@@ -261,4 +261,7 @@ class Index:
 
 
 def _words(keys: Sequence[bytes]) -> U64:
-    return np.frombuffer(b"".join(keys), "<u8").reshape(len(keys), KEY_BYTES // 8)
+    joined = b"".join(keys)
+    if len(joined) != KEY_BYTES * len(keys):
+        raise ConfigError(f"keys of {sorted({len(key) for key in keys})} bytes; the index takes {KEY_BYTES} bytes each")
+    return np.frombuffer(joined, "<u8").reshape(len(keys), KEY_BYTES // 8)

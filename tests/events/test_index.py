@@ -156,6 +156,8 @@ def test_bad_budgets_and_too_many_workers_are_refused():
         Index(1000)
     assert PLACE_BYTES == 43
     index = Index(MIN_BYTES)
+    with pytest.raises(ConfigError, match=r"keys of \[16\] bytes; .* 32"):
+        index.longest_prefix([bytes(16)])
     for i in range(4095):
         index.show(f"w{i}", True)
     with pytest.raises(ConfigError, match="no place for 'more'"):
