@@ -32,6 +32,7 @@ class CudaTranscoder:
     """arena: uint8 [bytes] over the host store's memory, pinned (``close`` unpins it), or None if there is none."""
 
     staged_is_free = False
+    by_group = None
 
     def __init__(
         self, codec: PagedCodec, checker: BlockCodec, arena: Tensor | None, scratch_bytes: int = SCRATCH_BYTES
