@@ -43,9 +43,9 @@ DOORS = {
     ],
     "triton": ["ops/*/triton.py", "ops/project/hopper.py"],
     "nvidia": ["ops/deflate/"],
-    "vllm": ["adapters/vllm", "adapters/kvbm"],
+    "vllm": ["adapters/vllm", "adapters/kvbm", "adapters/connector"],
     "kvbm": ["adapters/kvbm"],
-    "dynamo": ["adapters/kvbm"],
+    "dynamo": ["adapters/kvbm", "adapters/connector/plugin.py"],
     "zmq": ["adapters/kvbm/worker.py"],
     "prometheus_client": ["tier/metrics.py"],
     "nats": ["events/nats_client.py"],
@@ -174,7 +174,7 @@ def test_deflate_is_in_one_place():
 @pytest.mark.parametrize(
     "module",
     ["dynamo_kvtc", "dynamo_kvtc.codec.pipeline", "dynamo_kvtc.tier.tier", "dynamo_kvtc.adapters.vllm",
-     "dynamo_kvtc.adapters.kvbm"],
+     "dynamo_kvtc.adapters.kvbm", "dynamo_kvtc.adapters.connector", "dynamo_kvtc.adapters.connector.plugin"],
 )  # fmt: skip
 def test_a_bare_import_pulls_in_nothing_heavy(module):
     code = f"import sys, {module}; print(' '.join(sorted(name.split('.')[0] for name in sys.modules)))"

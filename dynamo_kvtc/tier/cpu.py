@@ -29,7 +29,7 @@ class CpuTranscoder:
         self._threads = torch.get_num_threads()
         self.block_tokens = pages.block_tokens
         self.raw_block_bytes = self.held_block_bytes = pages.block_tokens * codec.shape.bytes_per_token
-        self.by_group: GroupDecoder = CpuGroups(codec, pages, self._take_threads)
+        self.by_group: GroupDecoder | None = CpuGroups(codec, pages, self._take_threads)
         self._warm_up()
 
     def fence(self) -> None:
