@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "dynamo_kvtc"
 
 # A room imports itself and rooms to its left. `__init__` is the package's own version number.
 ROOMS = [
-    "__init__", "errors", "types", "config", "progress", "ops", "store", "codec", "tier", "hf", "evaluate", "calibrate",
-    "demo", "bench", "adapters", "doctor", "up", "cli",
+    "__init__", "errors", "types", "config", "progress", "ops", "store", "events", "codec", "transfer", "tier", "hf",
+    "evaluate", "calibrate", "demo", "bench", "adapters", "doctor", "up", "cli",
 ]  # fmt: skip
 
 # Third parties and the modules (path prefixes inside the package) that may import them.
@@ -28,7 +28,15 @@ DOORS = {
     "huggingface_hub": ["hf/"],
     "matplotlib": ["evaluate/plot.py", "demo/report.py", "bench/report.py"],
     "safetensors": ["codec/artifact.py", "hf/"],
-    "msgspec": ["codec/", "calibrate/run.py", "cli/inspect.py", "up/schema.py", "up/kubernetes.py"],
+    "msgspec": [
+        "codec/",
+        "events/",
+        "transfer/wire.py",
+        "calibrate/run.py",
+        "cli/inspect.py",
+        "up/schema.py",
+        "up/kubernetes.py",
+    ],
     "zlib": ["ops/deflate/", "ops/checksum/reference.py"],
     "click": ["cli/", "progress"],
     "rich": [
@@ -39,15 +47,18 @@ DOORS = {
         "demo/engine_report.py",
         "bench/report.py",
         "bench/store_report.py",
+        "bench/pull_report.py",
     ],
     "triton": ["ops/*/triton.py", "ops/project/hopper.py"],
     "nvidia": ["ops/deflate/"],
-    "vllm": ["adapters/vllm", "adapters/kvbm"],
+    "vllm": ["adapters/vllm", "adapters/kvbm", "adapters/connector"],
     "kvbm": ["adapters/kvbm"],
-    "dynamo": ["adapters/kvbm"],
+    "dynamo": ["adapters/kvbm", "adapters/connector/plugin.py"],
     "zmq": ["adapters/kvbm/worker.py"],
     "prometheus_client": ["tier/metrics.py"],
-    "nats": ["events/nats.py"],
+    "nats": ["events/nats_client.py"],
+    "nixl": ["transfer/nixl.py"],
+    "nkeys": ["events/nats_client.py"],
     # What the store uses, and what it is measured against.
     "sqlite3": ["store/disk_index.py", "bench/store_engines.py"],
     "lmdb": ["bench/store_engines.py"],
@@ -171,7 +182,7 @@ def test_deflate_is_in_one_place():
 @pytest.mark.parametrize(
     "module",
     ["dynamo_kvtc", "dynamo_kvtc.codec.pipeline", "dynamo_kvtc.tier.tier", "dynamo_kvtc.adapters.vllm",
-     "dynamo_kvtc.adapters.kvbm"],
+     "dynamo_kvtc.adapters.kvbm", "dynamo_kvtc.adapters.connector", "dynamo_kvtc.adapters.connector.plugin"],
 )  # fmt: skip
 def test_a_bare_import_pulls_in_nothing_heavy(module):
     code = f"import sys, {module}; print(' '.join(sorted(name.split('.')[0] for name in sys.modules)))"

@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": ("evaluate", "Measure quality and size against the uncompressed model and peers."),
     "inspect": ("inspect", "Show what a calibration artifact or a coded block says of itself."),
     "up": ("up", "Run a deployment's manifest on this machine."),
+    "watch": ("watch", "Show who serves a namespace, what they hold and how they do, from NATS."),
 }
 
 

@@ -12,8 +12,9 @@ from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.codec.policy import ExactCounts
 from dynamo_kvtc.errors import ConfigError, RecordError, RecordMismatchError
 from dynamo_kvtc.store import Lease
+from dynamo_kvtc.tier.cpu_groups import CpuGroups
 from dynamo_kvtc.tier.pages import Pages
-from dynamo_kvtc.tier.transcode import Block, Promise, Put
+from dynamo_kvtc.tier.transcode import Block, GroupDecoder, Promise, Put
 
 Staged = tuple[Sequence[Block], Tensor, Tensor]
 
@@ -28,6 +29,7 @@ class CpuTranscoder:
         self._threads = torch.get_num_threads()
         self.block_tokens = pages.block_tokens
         self.raw_block_bytes = self.held_block_bytes = pages.block_tokens * codec.shape.bytes_per_token
+        self.by_group: GroupDecoder | None = CpuGroups(codec, pages, self._take_threads)
         self._warm_up()
 
     def fence(self) -> None:

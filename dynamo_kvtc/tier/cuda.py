@@ -21,7 +21,7 @@ from dynamo_kvtc.codec.policy import ExactCounts
 from dynamo_kvtc.codec.record import Record, claimed_position
 from dynamo_kvtc.errors import ConfigError, RecordCorruptError, RecordError, RecordMismatchError
 from dynamo_kvtc.store import Lease
-from dynamo_kvtc.tier.transcode import Block, Promise, Put
+from dynamo_kvtc.tier.transcode import Block, GroupDecoder, Promise, Put
 
 _ALIGNMENT = 16
 SCRATCH_BYTES = 96 << 20
@@ -32,6 +32,7 @@ class CudaTranscoder:
     """arena: uint8 [bytes] over the host store's memory, pinned (``close`` unpins it), or None if there is none."""
 
     staged_is_free = False
+    by_group: GroupDecoder | None = None
 
     def __init__(
         self, codec: PagedCodec, checker: BlockCodec, arena: Tensor | None, scratch_bytes: int = SCRATCH_BYTES

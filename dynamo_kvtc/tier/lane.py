@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -113,3 +114,16 @@ class Lane:
             job.fail(why)
         except Exception:
             log.exception("a job's failure could not be told")
+
+
+def safely(told: Callable[..., None] | None) -> Callable[..., None]:
+    """A callback whose own failure is not taken for that of the work it is told of."""
+
+    def call(*what: Any) -> None:
+        if told is not None:
+            try:
+                told(*what)
+            except Exception:
+                log.exception("a callback failed")
+
+    return call

@@ -5,10 +5,13 @@
 | kvtc_lookup_blocks_total | result (hit, miss, declined), tier (host, disk, none) | blocks that were asked for |
 | kvtc_stored_blocks_total | result (stored, known, not_admitted, queue_full, no_room, failed) | blocks offered |
 | kvtc_loaded_blocks_total | result (loaded, failed) | blocks that were to be restored |
+| kvtc_pulled_blocks_total | result (pulled, failed) | blocks that other workers were to send |
+| kvtc_pulled_bytes_total | | coded bytes of those that came |
 | kvtc_raw_bytes_total, kvtc_coded_bytes_total | direction (in: stored, out: restored) | those blocks, raw and coded |
 | kvtc_ratio | | raw over coded bytes of all that was stored |
 | kvtc_encode_seconds, kvtc_decode_seconds | | of a job, without its wait |
 | kvtc_fetch_seconds | tier | from asking a store to having the records |
+| kvtc_pull_seconds | | from asking other workers to the last answer |
 | kvtc_queue_seconds | queue (encode, load) | a job's wait |
 | kvtc_queue_bytes | queue | raw bytes that wait or are worked on |
 | kvtc_used_bytes, kvtc_budget_bytes, kvtc_records | tier | occupancy |
@@ -34,6 +37,8 @@ COUNTERS: dict[str, tuple[str, ...]] = {
     "kvtc_lookup_blocks": ("result", "tier"),
     "kvtc_stored_blocks": ("result",),
     "kvtc_loaded_blocks": ("result",),
+    "kvtc_pulled_blocks": ("result",),
+    "kvtc_pulled_bytes": (),
     "kvtc_raw_bytes": ("direction",),
     "kvtc_coded_bytes": ("direction",),
     "kvtc_evictions": ("tier",),
@@ -54,6 +59,7 @@ HISTOGRAMS: dict[str, tuple[str, ...]] = {
     "kvtc_encode_seconds": (),
     "kvtc_decode_seconds": (),
     "kvtc_fetch_seconds": ("tier",),
+    "kvtc_pull_seconds": (),
     "kvtc_queue_seconds": ("queue",),
 }
 BUCKETS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)

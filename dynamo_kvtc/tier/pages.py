@@ -24,8 +24,8 @@ class Pages(Protocol):
         """Copies, of n blocks in the order given."""
         ...
 
-    def write(self, block_ids: Sequence[int], k: Tensor, v: Tensor) -> None:
-        """No block comes twice."""
+    def write(self, block_ids: Sequence[int], k: Tensor, v: Tensor, first_layer: int = 0) -> None:
+        """No block comes twice. k, v: of the layers from first_layer on; the others' pages stay as they are."""
         ...
 
 
@@ -41,10 +41,10 @@ class StridedPages:
         k, v = (torch.stack([_rows(x[index]) for x in views]) for views in (self._cache.k, self._cache.v))
         return k, v
 
-    def write(self, block_ids: Sequence[int], k: Tensor, v: Tensor) -> None:
+    def write(self, block_ids: Sequence[int], k: Tensor, v: Tensor, first_layer: int = 0) -> None:
         index = torch.tensor(block_ids, dtype=torch.int64)
         for views, x in ((self._cache.k, k), (self._cache.v, v)):
-            for view, layer in zip(views, x, strict=True):
+            for view, layer in zip(views[first_layer : first_layer + len(x)], x, strict=True):
                 heads, _, dim = layer.shape
                 view[index] = layer.reshape(heads, len(index), self.block_tokens, dim).transpose(0, 1)
 

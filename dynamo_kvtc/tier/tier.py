@@ -20,9 +20,11 @@ from typing import Any
 
 from dynamo_kvtc.store.tiered import TieredStore
 from dynamo_kvtc.tier.admission import Admission
+from dynamo_kvtc.tier.announce import Announcer
 from dynamo_kvtc.tier.estimate import Estimate
+from dynamo_kvtc.tier.grouped import GroupLoads
 from dynamo_kvtc.tier.identity import KeySpace
-from dynamo_kvtc.tier.lane import Lane
+from dynamo_kvtc.tier.lane import Lane, safely
 from dynamo_kvtc.tier.metrics import TierMetrics
 from dynamo_kvtc.tier.overlay import Overlay
 from dynamo_kvtc.tier.transcode import Block, Promise, Transcoder
@@ -43,14 +45,17 @@ class Tier:
     def __init__(
         self, keys: KeySpace, store: TieredStore, transcoder: Transcoder, metrics: TierMetrics,
         admission: Admission | None = None, estimate: Estimate | None = None, queue_bytes: int = 512 << 20,
-        overlay: Overlay | None = None,
+        overlay: Overlay | None = None, announcer: Announcer | None = None,
     ) -> None:  # fmt: skip
+        self.announcer = announcer or Announcer()
+        self.announcer.watch(store, metrics)
         self.keys, self.transcoder, self.metrics = keys, transcoder, metrics
         self._store = store
         self._admission, self._estimate = admission or Admission(), estimate or Estimate(None)
         self._overlay = overlay or Overlay(None, keys, metrics, 0, transcoder.raw_block_bytes)
         self._work = Work(store, transcoder, metrics, self._estimate, self._overlay)
         self._encode, self._load = Lane("encode", queue_bytes), Lane("load", LOADS_WAITING)
+        self.by_group = None if transcoder.by_group is None else GroupLoads(transcoder.by_group, self._work, self._load)
         self._lock = threading.Lock()
         self._coming: set[bytes] = set()
         self._closed = False
@@ -58,6 +63,11 @@ class Tier:
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def records(self) -> TieredStore:
+        """Where they are kept: for whoever serves them, and for what comes from others (``incoming.py``)."""
+        return self._store
 
     @property
     def window(self) -> int:
@@ -95,9 +105,21 @@ class Tier:
         """What the engine computed: the guard's other side where no speed was configured."""
         self._estimate.note_prefill(tokens, seconds)
 
-    def admit(self, keys: Sequence[bytes], sequence_tokens: int | None = None) -> list[bool]:
-        """Which blocks are to be stored: admitted by policy, not here and not on their way. Each call is a use."""
-        admitted = self._admission.admit(keys, sequence_tokens)
+    def size(self, key: bytes) -> int | None:
+        """A record's bytes; 0 while it is being coded, None if it is not here."""
+        tier = self._store.tier_of(key)
+        found = None if tier is None else self._store.size_of(key, tier)
+        if found is None:
+            with self._lock:
+                return 0 if key in self._coming else None
+        return found
+
+    def admit(
+        self, keys: Sequence[bytes], sequence_tokens: int | None = None, wanted: bool = False
+    ) -> list[bool]:  # fmt: skip
+        """Which blocks are to be stored: admitted by policy, not here and not on their way. Each call is a use.
+        wanted: somebody is known to want them: policy has no say."""
+        admitted = [True] * len(keys) if wanted else self._admission.admit(keys, sequence_tokens)
         out = []
         for key, yes in zip(keys, admitted, strict=True):
             known = self._known(key)
@@ -126,7 +148,7 @@ class Tier:
         exact is kept beside the coded one, until ``moved_on``. deadline: monotonic seconds after which they are not
         coded any more.
         """
-        free, done = _safely(free), _safely(done)
+        free, done = safely(free), safely(done)
         if not self.has_room(len(blocks)):
             return False
         more = self._overlay.of(blocks, tail)
@@ -174,7 +196,7 @@ class Tier:
 
         prove: False if the caller can bear that the load still finds a record bad; on a GPU that costs less."""
 
-        told = _safely(done)
+        told = safely(done)
 
         def run(waited: float) -> None:
             self._work.waited(waited)
@@ -193,7 +215,7 @@ class Tier:
         """Into the pages. promises: one per block, released when done; without them the records are read first.
         deadline: monotonic seconds after which it is not begun. False if refused: nothing is called."""
 
-        told = _safely(done)
+        told = safely(done)
 
         def run(waited: float) -> None:
             self._work.waited(waited)
@@ -216,6 +238,7 @@ class Tier:
         self._overlay.forget(keys)
         for key in keys:
             self._store.remove(key)
+            self.announcer.removed(key)
 
     def moved_on(self, keys: Iterable[bytes]) -> None:
         """These blocks are no tail any more: their sequence was stored past the window. Coded records stay."""
@@ -224,7 +247,7 @@ class Tier:
     def demote(self, pairs: Sequence[tuple[bytes, bytes]], done: Failed) -> bool:
         """Copies host records (first keys) to disk under other keys (second). False if refused."""
 
-        told = _safely(done)
+        told = safely(done)
 
         def run(waited: float) -> None:
             told([target for source, target in pairs if not self._work.demote(source, target)])
@@ -238,6 +261,7 @@ class Tier:
     def clear(self) -> None:
         """Forgets all records, in memory and on disk."""
         self._store.clear()
+        self.announcer.cleared()
 
     def budgets(self) -> dict[str, int]:
         """Bytes of the tiers that there are, "host" and "disk"."""
@@ -281,16 +305,3 @@ class Tier:
     def _arrived(self, blocks: Sequence[Block]) -> None:
         with self._lock:
             self._coming.difference_update(b.key for b in blocks)
-
-
-def _safely(told: Callable[..., None] | None) -> Callable[..., None]:
-    """A callback whose own failure is not taken for that of the work it is told of."""
-
-    def call(*what: Any) -> None:
-        if told is not None:
-            try:
-                told(*what)
-            except Exception:
-                log.exception("a callback failed")
-
-    return call

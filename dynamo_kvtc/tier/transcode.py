@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dynamo_kvtc.codec.policy import ExactCounts
+from dynamo_kvtc.codec.record import Record
 from dynamo_kvtc.store import Lease
 
 
@@ -45,6 +46,23 @@ class Promise:
 Put = Callable[[bytes, memoryview | bytes], bool]
 
 
+class GroupDecoder(Protocol):
+    """Loads layer group by layer group, for an engine that computes the first layers while the others come."""
+
+    groups: tuple[tuple[int, int], ...]
+    """Each group's layers: the first, and the one after the last."""
+    block_bytes: int
+    """Of a block, raw."""
+
+    def parse(self, record: memoryview) -> Record:
+        """Its header proven, and this codec's; its sections are when they are decoded. Raises RecordError."""
+        ...
+
+    def load(self, blocks: Sequence[Block], records: Sequence[Record], group: int) -> list[Exception | None]:
+        """This group's sections into the pages of its layers. An error: that block's may have been written in part."""
+        ...
+
+
 class Transcoder(Protocol):
     """Moves blocks between pages and records. ``encode`` and ``promise``/``load`` come from two threads, one each."""
 
@@ -54,6 +72,9 @@ class Transcoder(Protocol):
     """Of memory that a promise takes."""
     staged_is_free: bool
     """Whether pages may be written again as soon as ``stage`` returns: their bytes were copied."""
+
+    by_group: GroupDecoder | None
+    """For loads by layer group; None: there are only whole ones."""
 
     def fence(self) -> Any:
         """On the engine's thread: a point in what it has launched. None where nothing is asynchronous."""

@@ -58,6 +58,10 @@ class Work:
             raise
 
     def _promise_coded(self, keys: Sequence[bytes], prove: bool) -> dict[bytes, Promise]:
+        return self._proven(self.fetch(keys), prove, False)
+
+    def fetch(self, keys: Sequence[bytes]) -> list[tuple[bytes, Lease, str]]:
+        """Those that are there, with the tier they came from."""
         leases: list[tuple[bytes, Lease, str]] = []
         for tier, wanted in self._by_tier(keys).items():
             began = time.monotonic()
@@ -68,7 +72,7 @@ class Work:
             self._estimate.note_fetch(tier, len(wanted) * self.transcoder.block_tokens, seconds)
             leases += there
         self.metrics.count("kvtc_lookup_blocks", len(keys) - len(leases), "miss", "none")
-        return self._proven(leases, prove, False)
+        return leases
 
     def _proven(self, leases: Sequence[tuple[bytes, Lease, str]], prove: bool, exact: bool) -> dict[bytes, Promise]:
         """exact: whether they are the overlay's: then one that is bad is no miss, for there is the coded record."""
@@ -88,7 +92,7 @@ class Work:
         out: dict[bytes, Promise] = {}
         for (key, _, tier), promise in zip(leases, proven, strict=True):
             if isinstance(promise, Exception):
-                self._bad(key, promise, exact)
+                self.bad(key, promise, exact)
                 self.metrics.count("kvtc_lookup_blocks", not exact, "miss", tier)
             else:
                 promise.exact = exact
@@ -120,7 +124,7 @@ class Work:
                 promise.release()
         for (block, promise), error in zip(found, errors, strict=True):
             if error is not None:
-                self._bad(block.key, error, promise.exact)
+                self.bad(block.key, error, promise.exact)
         if not self.transcoder.staged_is_free and loaded:
             self.metrics.observe("kvtc_decode_seconds", seconds)
             self._estimate.note_decode(len(loaded) * self.transcoder.block_tokens, seconds)
@@ -131,7 +135,7 @@ class Work:
         good = {block.key for block, _ in loaded}
         return [block.key for block in blocks if block.key not in good]
 
-    def _bad(self, key: bytes, why: Exception, exact: bool) -> None:
+    def bad(self, key: bytes, why: Exception, exact: bool = False) -> None:
         """Damaged in memory: it would be found damaged for ever."""
         self.error(why, "record")
         if exact:

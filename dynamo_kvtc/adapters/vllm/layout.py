@@ -47,10 +47,10 @@ class PermutedPages:
         whole = (s.layers, s.kv_heads, n * self.block_tokens, s.head_dim)
         return k.view(whole), v.view(whole)
 
-    def write(self, block_ids: Sequence[int], k: Tensor, v: Tensor) -> None:
+    def write(self, block_ids: Sequence[int], k: Tensor, v: Tensor, first_layer: int = 0) -> None:
         index = torch.tensor(block_ids, dtype=torch.int64)
         s, n = self._shape, len(block_ids)
-        for layer, pages in enumerate(self._layers):
+        for layer, pages in enumerate(self._layers[first_layer : first_layer + len(k)]):
             page = torch.empty(s.kv_heads, n, pages.shape[2], dtype=s.torch_dtype)
             for x, at in ((k, self._k_at), (v, self._v_at)):
                 page[..., at] = x[layer].reshape(s.kv_heads, n, len(at))

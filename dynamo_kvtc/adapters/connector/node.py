@@ -1,0 +1,143 @@
+"""What the scheduler's side and the worker's share: they live in one process and find each other by the engine's id."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Collection
+from typing import Any
+
+from dynamo_kvtc.adapters.connector.cluster import Cluster
+from dynamo_kvtc.adapters.connector.loads import Trace
+from dynamo_kvtc.adapters.connector.options import ConnectorOptions
+from dynamo_kvtc.adapters.connector.router import RouterEvents
+from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.tier.metrics import TierMetrics
+from dynamo_kvtc.tier.tier import Tier
+
+_PENDING_STATS = 1 << 16
+_REFRESH_SECONDS = 1.0
+
+
+class Node:
+    """One engine's tier and its place among the others. ``tier`` and ``cluster`` are set once, by the worker."""
+
+    tier: Tier
+    cluster: Cluster | None = None
+
+    def __init__(self, options: ConnectorOptions, events: bool) -> None:
+        self.options = options
+        self._stats: deque[tuple[str, str, float, tuple[str, ...]]] = deque(maxlen=_PENDING_STATS)
+        self.metrics = TierMetrics(sink=lambda *what: self._stats.append(what))
+        self.router = RouterEvents(events)
+        self.trace = Trace(options.trace)
+        self._changed = threading.Condition()
+        self._changes = 0
+        self._failed: set[str] = set()
+        self._storing: dict[str, int] = {}
+        self._waited_for: set[str] = set()
+        self._refreshed = 0.0
+
+    def change(self) -> None:
+        """Something that a scheduler may be waiting for."""
+        with self._changed:
+            self._changes += 1
+            self._changed.notify_all()
+
+    def wait_change(self, seen: int, timeout: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._changes != seen, timeout)
+
+    @property
+    def changes(self) -> int:
+        return self._changes
+
+    def load_failed(self, request: str) -> None:
+        with self._changed:
+            self._failed.add(request)
+
+    def take_failed(self) -> set[str]:
+        """Requests whose last load did not give all of its blocks."""
+        with self._changed:
+            failed, self._failed = self._failed, set()
+        return failed
+
+    # Pages that a store reads must stay what they are.
+
+    def store_began(self, request: str) -> None:
+        with self._changed:
+            self._storing[request] = self._storing.get(request, 0) + 1
+
+    def store_freed(self, request: str) -> None:
+        with self._changed:
+            left = self._storing.get(request, 0) - 1
+            if left > 0:
+                self._storing[request] = left
+            else:
+                self._storing.pop(request, None)
+            self._changed.notify_all()
+
+    def finish(self, request: str) -> bool:
+        """Whether its pages are still read: then ``take_freed`` names it when they are not."""
+        with self._changed:
+            if request not in self._storing:
+                return False
+            self._waited_for.add(request)
+            return True
+
+    def take_freed(self) -> set[str]:
+        with self._changed:
+            freed = {r for r in self._waited_for if r not in self._storing}
+            self._waited_for -= freed
+        return freed
+
+    def wait_freed(self, requests: Collection[str], timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: not any(r in self._storing for r in requests), timeout)
+
+    def take_stats(self) -> list[tuple[str, str, float, tuple[str, ...]]]:
+        now = time.monotonic()
+        if now - self._refreshed > _REFRESH_SECONDS:
+            self._refreshed = now
+            self.tier.refresh()
+        out: list[Any] = []
+        while self._stats:
+            out.append(self._stats.popleft())
+        return out
+
+    def close(self) -> bool:
+        if self.cluster is not None:
+            self.cluster.close()
+        return self.tier.close(self.options.tier.close_seconds)
+
+
+_nodes: dict[str, Node] = {}
+_lock = threading.Lock()
+
+
+def publish(engine_id: str, node: Node) -> None:
+    """Of the worker, once its tier is open. Raises ConfigError if that engine has one."""
+    with _lock:
+        old = _nodes.get(engine_id)
+        if old is not None and not old.tier.closed:
+            raise ConfigError(f"engine {engine_id} has a tier already; one worker a process is supported")
+        _nodes[engine_id] = node
+
+
+def find(engine_id: str) -> Node:
+    """Of the scheduler. Raises ConfigError if the worker is in another process."""
+    with _lock:
+        node = _nodes.get(engine_id)
+    if node is None:
+        raise ConfigError(
+            "the scheduler finds no tier in its process: scheduler and worker must share one; set "
+            "--distributed-executor-backend uni (one GPU)"
+        )
+    return node
+
+
+def withdraw(engine_id: str, node: Node) -> None:
+    with _lock:
+        if _nodes.get(engine_id) is node:
+            del _nodes[engine_id]

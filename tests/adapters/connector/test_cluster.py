@@ -1,0 +1,130 @@
+"""Two real vLLM processes and a NATS server: what one has prefilled the other pulls."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.adapters.engine_driver import prompt_of, same
+from tests.events.servers import Server
+
+pytestmark = [pytest.mark.engine, pytest.mark.model]
+
+
+@pytest.fixture
+def server(tmp_path):
+    pytest.importorskip("nats")
+    server = Server(tmp_path).start()
+    yield server
+    server.stop()
+
+
+def options(artifact: Path, server: Server, **more: Any) -> dict[str, Any]:
+    return {
+        "artifact": str(artifact), "point": "fine", "exact": "all", "host_gib": 0.25,
+        "nats": {"servers": server.url, "namespace": "test"}, "heartbeat_ttl_seconds": 2.0, **more,
+    }  # fmt: skip
+
+
+def notes(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_what_one_has_prefilled_the_other_pulls(start, any_artifact, server, tmp_path):
+    """Two that serve alike: a prompt of one is restored on the other, bit for bit, and computed there is the tail. Then
+    a request that is prefilled here and decoded there."""
+    trace = tmp_path / "trace"
+    a = start("a", options(any_artifact, server), engine={"device_blocks": 96, "max_model_len": 2048})
+    b = start(
+        "b", options(any_artifact, server, load="layerwise", trace=str(trace)),
+        engine={"device_blocks": 96, "max_model_len": 2048},
+    )  # fmt: skip
+    a.ready()
+    b.ready()
+    prompts = [prompt_of(i, 129 + i) for i in range(4)]
+    a("run", prompts)
+    local = a("run", prompts)
+    assert a("settle")
+    held = a("held")
+    assert b("knows", a("worker"), held)
+    pulled = b("run", prompts)
+    assert [r[2] for r in pulled] == [r[2] for r in local] == [128] * 4
+    assert same(local, pulled) == [True] * 4
+    counts = b("counts")
+    assert counts["pulled"] == 16
+    assert counts["not_pulled"] == counts["failed"] == 0
+    # A later hit is local.
+    served = a("served")
+    assert b("settle")
+    assert b("reset")
+    again = b("run", prompts)
+    assert same(local, again) == [True] * 4
+    assert a("served") == served
+    # And what came is told to others.
+    assert a("knows", b("worker"), 16)
+
+    # The first token of what nobody has, and of what the other has.
+    cold, warm = [], []
+    for i in range(2):
+        cold.append(b("first_token", prompt_of(50 + i, 1504)))
+        prompt = prompt_of(60 + i, 1504)
+        a("run", [prompt], 1)
+        assert a("settle")
+        assert b("knows", a("worker"), a("held"))
+        warm.append(b("first_token", prompt))
+    assert [tokens for _, tokens in cold] == [0, 0]
+    assert [tokens for _, tokens in warm] == [1472, 1472]
+    cold_seconds, warm_seconds = (statistics.median(s for s, _ in some) for some in (cold, warm))
+    print(f"first token of 1,504: cold {cold_seconds:.2f} s, pulled {warm_seconds:.2f} s, exact records", cold, warm)
+
+    # The first layers of one load at least were computed before the last group had come.
+    seen, overlaps, begun = notes(trace), 0, False
+    for note in seen:
+        kind = (note["what"], note.get("group"))
+        begun = kind == ("attention", 0) or (begun and kind[0] != "loaded")
+        overlaps += begun and kind == ("arrived", 1)
+    print(f"{overlaps} loads whose first layers were computed before the last group had come")
+    assert b("close")
+    assert a("close")
+
+
+def test_prefilled_here_and_decoded_there(start, any_artifact, server):
+    a = start("prefill", options(any_artifact, server))
+    b = start("decode", options(any_artifact, server))
+    a.ready()
+    b.ready()
+    prompts = [prompt_of(200 + i, 160 + 40 * i) for i in range(4)]
+    a("run", prompts)
+    local = a("run", prompts)
+    assert a("reset")
+    a("clear")
+    params = []
+    for prompt in prompts:
+        params.append(a("prefill", prompt))
+        assert params[-1] == {
+            "do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id": params[-1]["remote_engine_id"],
+            "kvtc_worker": a("worker"), "kvtc_blocks": len(prompt) // 32,
+        }  # fmt: skip
+        # At once: its records may not be coded, and no event has told of them.
+        decoded = b("run", [prompt], 16, [params[-1]])[0]
+        assert decoded[2] == len(prompt) // 32 * 32
+        assert decoded[:2] == local[len(params) - 1][:2]
+    counts = b("counts")
+    assert counts["pulled"] == sum(len(p) // 32 for p in prompts)
+    raw = counts["pulled"] * 32 * 30 * 2 * 3 * 64 * 4
+    print(f"payload {a('served')} bytes of {raw} raw, every token exact")
+    # A worker that is not there, and params that are none: it is prefilled where it is decoded, after its time.
+    bad = [
+        *({**params[0], "kvtc_worker": worker} for worker in ("nobody-1234", "a.b")),
+        *({**params[0], "kvtc_blocks": blocks} for blocks in (-1, "7")), {"do_remote_prefill": True},
+    ]  # fmt: skip
+    fresh = [prompt_of(300 + i, 100) for i in range(len(bad))]
+    got = [b("run", [p], 4, [w])[0] for p, w in zip(fresh, bad, strict=True)]
+    assert [r[2] for r in got] == [0] * len(bad)
+    assert [r[3] for r in got] == ["length"] * len(bad)
+    assert b("close")
+    assert a("close")
