@@ -7,7 +7,7 @@ VENV ?= .venv
 OUT ?= demo-out
 # Real engines for tests: `make engines ENGINE_PARTS=kvbm` makes some of them.
 KVTC_ENGINES ?= .engines
-ENGINE_PARTS ?= kvbm vllm
+ENGINE_PARTS ?= kvbm vllm dynamo
 # Processes that tests run in, a file of tests in one of them.
 WORKERS ?= 2
 # Arguments for `kvtc demo`, pytest.
@@ -42,7 +42,8 @@ soak: $(STAMP)
 	OMP_NUM_THREADS=1 KVTC_KILLS=100 $(PYTEST) tests/store/test_crash.py tests/tier/test_killed.py $(ARGS)
 	KVTC_TEST_SEED=fresh OMP_NUM_THREADS=1 $(PYTEST) $(SPREAD) $(ARGS)
 
-# kvbm: three leaders, 20 seconds, 0.6 GB. vllm: 4 minutes on 2 cores, 2.4 GB.
+# kvbm: three leaders, 20 seconds, 0.6 GB. vllm: 4 minutes on 2 cores, 2.4 GB. dynamo: the same
+# with Dynamo and a NATS server, 2.8 GB.
 engines: $(STAMP)
 	tests/engines/install $(KVTC_ENGINES) $(VENV)/bin/python $(ENGINE_PARTS)
 

@@ -67,6 +67,10 @@ def command(
                 f"first token after {answer.ttft_seconds:.2f} s, all after {answer.seconds:.2f} s; prompt "
                 f"{answer.prompt_tokens:,} tokens, cached {cached}"
             )
+            for worker, counted in up.counters().items():
+                if counted:
+                    told = ", ".join(f"{name.replace('_', ' ')} {value:,.0f}" for name, value in counted.items())
+                    click.echo(f"{worker}: {told}")
         if not leave:
             console.print(f"logs are in {config.logs}; Ctrl-C ends everything")
             up.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +16,7 @@ from dynamo_kvtc.errors import EngineError, EngineTimeoutError
 ANSWER_SECONDS = 120.0
 _LOOK_SECONDS = 2.0
 _MOST_BYTES = 16 << 20
+_COMMON_LABELS = ("model_name", "engine", "model", "worker_id")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,24 @@ def healthy(url: str) -> bool:
             return bool(reply.status == 200)
     except (OSError, HTTPException):
         return False
+
+
+def counters(url: str, prefix: str) -> dict[str, float]:
+    """Of a worker's /metrics: what has counted, by name and labels; empty if nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=_LOOK_SECONDS) as reply:
+            lines = reply.read(_MOST_BYTES).decode(errors="replace").splitlines()
+    except (OSError, HTTPException):
+        return {}
+    found: dict[str, float] = {}
+    for line in lines:
+        match = re.fullmatch(rf"{re.escape(prefix)}(\w+)_total(?:\{{(.*)\}})? (\S+)", line)
+        if match is None or not float(match[3]):
+            continue
+        labels = [t for n, t in re.findall(r'(\w+)="([^"]*)"', match[2] or "") if n not in _COMMON_LABELS]
+        name = " ".join([match[1], *(text for text in labels)])
+        found[name] = found.get(name, 0.0) + float(match[3])
+    return found
 
 
 def ask(url: str, model: str, text: str, max_tokens: int, timeout: float = ANSWER_SECONDS) -> Answer:

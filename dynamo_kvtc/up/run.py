@@ -28,7 +28,7 @@ from typing import Any
 import dynamo_kvtc
 from dynamo_kvtc.errors import ConfigError, EngineTimeoutError, MissingDependencyError
 from dynamo_kvtc.tier.options import available_memory
-from dynamo_kvtc.up.client import Answer, ask, healthy, models
+from dynamo_kvtc.up.client import Answer, ask, counters, healthy, models
 from dynamo_kvtc.up.manifest import Manifest, read_manifest
 from dynamo_kvtc.up.place import Machine, Plan, check_port, get_flag, needs_nats, plan
 from dynamo_kvtc.up.processes import Running
@@ -37,6 +37,7 @@ from dynamo_kvtc.up.supply import supply
 
 WORKER_BYTES = 3 << 30
 """What a worker with the demo's model takes, its cache included."""
+PREFIX = "vllm:kvtc_"
 PLUGINS = "vllm.general_plugins"
 _POLL_SECONDS = 0.5
 
@@ -78,6 +79,11 @@ class Up:
     def ask(self, text: str) -> Answer:
         self.running.check()
         return ask(self.plan.url, self.model, text, self.config.answer_tokens)
+
+    def counters(self) -> dict[str, dict[str, float]]:
+        """Worker -> what its tier has counted: names of ``tier.metrics``, with their labels."""
+        workers = [process for process in self.plan.processes if process.health is not None]
+        return {p.name: counters(str(p.health).replace("/health", "/metrics"), PREFIX) for p in workers}
 
     def wait(self) -> None:
         """Until it is interrupted. Raises EngineError when a component ends."""
@@ -234,7 +240,7 @@ def _wait_until_ready(config: UpConfig, planned: Plan, running: Running, watch: 
             return served[0]
         if time.monotonic() - began > config.ready_seconds:
             late = ", ".join(waiting) or "the frontend (it names no model)"
-            name = next(iter(waiting), next(p.name for p in planned.processes if p.type == "frontend"))
+            name = next(iter(waiting), None) or next(p.name for p in planned.processes if p.type == "frontend")
             raise EngineTimeoutError(
                 f"not ready after {config.ready_seconds:.0f} s: {late}; {running.log(name)} ends:\n{running.last(name)}"
             )
