@@ -55,7 +55,8 @@ def command(
         **options,
     )
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _interrupt)
     console = Console(stderr=True)
     with PhaseBars(console) as bars, run(config, bars, bars.say, _Watch(console, bars)) as up:
         console.print(f"ready after {up.seconds:.0f} s: {up.plan.url}/v1/chat/completions, model {up.model}")
@@ -68,9 +69,9 @@ def command(
                 f"{answer.prompt_tokens:,} tokens, cached {cached}"
             )
             for worker, counted in up.counters().items():
-                if counted:
-                    told = ", ".join(f"{name.replace('_', ' ')} {value:,.0f}" for name, value in counted.items())
-                    click.echo(f"{worker}: {told}")
+                told = [f"{name.removeprefix('kvtc_').replace('_', ' ')} {n:,.0f}" for name, n in counted.items()]
+                if told:
+                    click.echo(f"{worker}: {', '.join(told)}")
         if not leave:
             console.print(f"logs are in {config.logs}; Ctrl-C ends everything")
             up.wait()
@@ -78,6 +79,9 @@ def command(
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Once: the end of everything, which has deadlines of its own, is not interrupted again."""
+    for other in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

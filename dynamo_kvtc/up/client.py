@@ -7,6 +7,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
@@ -16,7 +17,6 @@ from dynamo_kvtc.errors import EngineError, EngineTimeoutError
 ANSWER_SECONDS = 120.0
 _LOOK_SECONDS = 2.0
 _MOST_BYTES = 16 << 20
-_COMMON_LABELS = ("model_name", "engine", "model", "worker_id")
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def healthy(url: str) -> bool:
         return False
 
 
-def counters(url: str, prefix: str) -> dict[str, float]:
-    """Of a worker's /metrics: what has counted, by name and labels; empty if nobody answers."""
+def counters(url: str, prefix: str, known: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Of a worker's /metrics: what has counted, by name and labels, of those known; empty if nobody answers."""
     try:
         with urllib.request.urlopen(url, timeout=_LOOK_SECONDS) as reply:
             lines = reply.read(_MOST_BYTES).decode(errors="replace").splitlines()
@@ -58,10 +58,10 @@ def counters(url: str, prefix: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for line in lines:
         match = re.fullmatch(rf"{re.escape(prefix)}(\w+)_total(?:\{{(.*)\}})? (\S+)", line)
-        if match is None or not float(match[3]):
+        if match is None or match[1] not in known or not float(match[3]):
             continue
-        labels = [t for n, t in re.findall(r'(\w+)="([^"]*)"', match[2] or "") if n not in _COMMON_LABELS]
-        name = " ".join([match[1], *(text for text in labels)])
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', match[2] or ""))
+        name = " ".join([match[1], *(labels.get(label, "") for label in known[match[1]])])
         found[name] = found.get(name, 0.0) + float(match[3])
     return found
 

@@ -26,18 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import dynamo_kvtc
+from dynamo_kvtc.adapters.engine_model import PREFIX
 from dynamo_kvtc.errors import ConfigError, EngineTimeoutError, MissingDependencyError
+from dynamo_kvtc.tier.metrics import COUNTERS
 from dynamo_kvtc.tier.options import available_memory
 from dynamo_kvtc.up.client import Answer, ask, counters, healthy, models
 from dynamo_kvtc.up.manifest import Manifest, read_manifest
 from dynamo_kvtc.up.place import Machine, Plan, check_port, get_flag, needs_nats, plan
 from dynamo_kvtc.up.processes import Running
-from dynamo_kvtc.up.settings import CONNECTOR, FLAG, KVBM, module_of, read_settings
+from dynamo_kvtc.up.settings import CONNECTOR, EXTRA, FLAG, KVBM, module_of, read_settings
 from dynamo_kvtc.up.supply import supply
 
 WORKER_BYTES = 3 << 30
 """What a worker with the demo's model takes, its cache included."""
-PREFIX = "vllm:kvtc_"
 PLUGINS = "vllm.general_plugins"
 _POLL_SECONDS = 0.5
 
@@ -81,9 +82,10 @@ class Up:
         return ask(self.plan.url, self.model, text, self.config.answer_tokens)
 
     def counters(self) -> dict[str, dict[str, float]]:
-        """Worker -> what its tier has counted: names of ``tier.metrics``, with their labels."""
+        """Worker -> what its tier has counted: names of ``tier.metrics``, with their labels. An engine tells when it
+        computes: what came after its last step is missing."""
         workers = [process for process in self.plan.processes if process.health is not None]
-        return {p.name: counters(str(p.health).replace("/health", "/metrics"), PREFIX) for p in workers}
+        return {p.name: counters(str(p.health).replace("/health", "/metrics"), PREFIX, COUNTERS) for p in workers}
 
     def wait(self) -> None:
         """Until it is interrupted. Raises EngineError when a component ends."""
@@ -102,7 +104,7 @@ def run(
 ) -> Iterator[Up]:
     """Raises KvtcError; nothing has been started for what can be known before."""
     manifest = read_manifest(config.manifest, config.environment)
-    _check_settings(manifest)
+    _check_settings(manifest, config.tier)
     python = dynamo_python(config.python)
     nats = nats_binary(python) if needs_nats(manifest) else None
     _check_machine(manifest, python, config)
@@ -186,10 +188,17 @@ def nats_binary(python: str) -> str:
     return found
 
 
-def _check_settings(manifest: Manifest) -> None:
+def _check_settings(manifest: Manifest, tier: Mapping[str, Any]) -> None:
+    """As they stand, and with what was asked for."""
+    found = False
     for component in manifest.components:
         if (text := get_flag(component.command, FLAG)) is not None:
-            read_settings(text, component.name)
+            value = read_settings(text, component.name)
+            value[EXTRA] = {**value.get(EXTRA, {}), **tier}
+            read_settings(json.dumps(value), component.name)
+            found = True
+    if tier and not found:
+        raise ConfigError(f"--tier {', '.join(tier)}: no component of the manifest has {FLAG}")
 
 
 def _check_machine(manifest: Manifest, python: str, config: UpConfig) -> None:

@@ -1,0 +1,113 @@
+"""`kvtc up` for real: Dynamo's frontend and workers, vLLM for CPUs, a NATS server, the manifests of deploy/.
+
+KVTC_ENGINES has them (tests/engines). The first run calibrates the demo's model on a few thousand tokens, once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dynamo_kvtc.up.place import free_ports
+from dynamo_kvtc.up.run import UpConfig, run
+from tests.engines import ROOT, require
+
+pytestmark = [pytest.mark.engine, pytest.mark.model]
+SECONDS = 600
+TOKENS = 24
+
+
+def question() -> str:
+    """Some 30 blocks of 32 tokens."""
+    text = importlib.import_module("pydoc_data.topics").topics["debugger"][:3500]
+    return f"Here is a document.\n\n{text}\n\nIn one sentence, what is it about?"
+
+
+def python() -> str:
+    return str(require("dynamo") / "dynamo" / "bin" / "python")
+
+
+def with_environment(text: str) -> list[int]:
+    """Processes that have a text in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if text.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def command(manifest: str, logs: Path, *more: str) -> tuple[str, list[str]]:
+    """The answer's text and the lines after it, of a run of the command; that nothing of it is left."""
+    (port,) = free_ports(1)
+    done = subprocess.run(
+        [sys.executable, "-m", "dynamo_kvtc.cli.main", "up", f"deploy/{manifest}.yaml", "--python", python(),
+         "--ask", question(), "--exit", "--port", str(port), "--logs", str(logs),
+         "--answer-tokens", str(TOKENS), *more],
+        cwd=ROOT, capture_output=True, text=True, timeout=SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    folder = re.search(r"DYN_FILE_KV=(\S+)/discovery", done.stderr)[1]
+    assert not Path(folder).exists()
+    assert not with_environment(folder)
+    text, _, after = done.stdout.partition("\nfirst token after ")
+    assert {"nats.log", "Frontend.log"} < {path.name for path in logs.iterdir()}
+    return text, after.splitlines()
+
+
+@pytest.fixture(scope="module")
+def aggregated(tmp_path_factory):
+    return command("agg-offloading", tmp_path_factory.mktemp("agg"), "--tier", "exact=all")
+
+
+def test_agg_offloading(aggregated):
+    text, (times, told) = aggregated
+    assert text
+    assert "cached 0" in times
+    assert told.startswith("Worker: lookup blocks miss none")
+
+
+def test_agg_kvbm(tmp_path):
+    engines = require("dynamo", "kvbm-1.6.1", "stub")
+    more = [f"PYTHONPATH={engines / 'kvbm-1.6.1'}", f"LD_LIBRARY_PATH={engines / 'stub'}"]
+    text, (_, told) = command("agg-kvbm", tmp_path, *(part for one in more for part in ("--env", one)))
+    assert text
+    assert int(re.search(r"^Worker: .*stored blocks stored (\d+)", told)[1]) >= 1
+
+
+@pytest.mark.parametrize("exact", ["all", "sinks"])
+def test_disagg(exact, aggregated, tmp_path):
+    """Every token exact: the answer is the aggregated graph's. Coded: a twelfth of the raw cache's bytes are pulled,
+    and the first layers are computed before the last group's bytes are there."""
+    trace = tmp_path / "trace.jsonl"
+    (port,) = free_ports(1)
+    config = UpConfig(
+        ROOT / "deploy" / "disagg.yaml", python=python(), port=port, logs=tmp_path, answer_tokens=TOKENS,
+        tier={"exact": exact, "trace": str(trace)},
+    )  # fmt: skip
+
+    def nothing(*_):
+        pass
+
+    with run(config, nothing, nothing, nothing) as up:
+        answer = up.ask(question())
+        decode = up.counters()["Decode"]
+    blocks = (answer.prompt_tokens - 1) // 32
+    assert decode["kvtc_pulled_blocks pulled"] == blocks
+    raw = blocks * 32 * 2 * 30 * 3 * 64 * 4
+    if exact == "all":
+        assert answer.text == aggregated[0]
+    else:
+        assert decode["kvtc_pulled_bytes"] <= raw / 12
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    print(lines[:3], lines[-3:], decode, raw, answer)
+    os.environ.get("")
