@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import replace
@@ -168,6 +169,8 @@ def check_out(path: Path) -> None:
     parent = path.absolute().parent
     if not parent.is_dir():
         raise ConfigError(f"--out {path}: the folder {parent} does not exist; make it first")
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(f"--out {path}: the folder {parent} cannot be written; name another, or mount it writable")
 
 
 def _estimated(

@@ -157,11 +157,22 @@ def seal(manifest: Manifest, tensors: Mapping[str, Tensor]) -> tuple[Manifest, d
 def save_artifact(path: Path | str, manifest: Manifest, tensors: Mapping[str, Tensor]) -> Manifest:
     """Writes the artifact beside its place, then moves it there: a reader sees the old file or the new one, whole.
 
-    Returns the manifest with its digest filled in.
+    Returns the manifest with its digest filled in. Raises ArtifactError where it cannot be written, as on a full disk;
+    nothing is left then.
     """
     path = Path(path)
     manifest, tensors = seal(manifest, tensors)
     payload = save_tensors(tensors, metadata={METADATA_KEY: msgspec.json.encode(manifest).decode()})
+    try:
+        _write_whole(path, payload)
+    except OSError as exc:
+        raise ArtifactError(
+            f"cannot write artifact {path}, {len(payload):,} bytes: {exc.strerror or exc}; make room, or name another folder"
+        ) from exc
+    return manifest
+
+
+def _write_whole(path: Path, payload: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -174,7 +185,6 @@ def save_artifact(path: Path | str, manifest: Manifest, tensors: Mapping[str, Te
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return manifest
 
 
 def load_artifact(path: Path | str, rank: int = 0) -> Artifact:

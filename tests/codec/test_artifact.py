@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -90,7 +91,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_no_other(made, path, monkey
     else:
         monkeypatch.setattr(artifact_module.os, broken, fail)
     other = msgspec.structs.replace(made[0], block_tokens=32)
-    with pytest.raises(interrupt, match="now"):
+    with pytest.raises(ArtifactError if interrupt is OSError else interrupt, match="now"):
         save_artifact(path, other, made[1])
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -107,6 +108,18 @@ def test_an_interrupt_after_the_move_is_not_hidden(made, path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_artifact(path, made[0], made[1])
     assert load_artifact(path).digest == made[0].digest
+
+
+def test_a_full_disk_is_named_and_the_old_file_stays(made, path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(artifact_module.os, "fsync", full)
+    changed = {**made[1], "extra": torch.zeros(3)}
+    with pytest.raises(ArtifactError, match=r"cannot write artifact .*model.kvtc, [\d,]+ bytes: No space left"):
+        save_artifact(path, made[0], changed)
+    assert load_artifact(path).digest == made[0].digest
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_saving_over_an_old_file_gives_the_new_one(made, path):

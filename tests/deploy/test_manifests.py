@@ -175,3 +175,15 @@ def test_real_parsers_accept_every_argument(module):
     else:
         assert told == [["kv", 16]] * len(commands)
     assert refused == "2"
+
+
+@pytest.mark.engine
+def test_the_schema_takes_dynamos_own_manifests():
+    """Those that its wheel carries, of every backend."""
+    site = require("dynamo") / "dynamo"
+    taken = 0
+    for path in site.glob("lib/python*/site-packages/dynamo/**/*.yaml"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if "apiVersion: nvidia.com/v1beta1" in text and "kind: DynamoGraphDeployment\n" in text:
+            taken += sum(isinstance(document.value, Graph) for document in parse(text, path.name))
+    assert taken >= 5
