@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from dynamo_kvtc.adapters.connector import handoff
@@ -35,6 +36,8 @@ from dynamo_kvtc.transfer.serve import Server
 from dynamo_kvtc.transfer.tcp import TcpOptions, TcpPlane
 
 _ASKERS = 4
+_HEADER_BYTES = 4096
+"""More than the header of any record."""
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,8 @@ class Cluster:
     def __init__(self, options: ConnectorOptions, tier: Tier, artifact: Artifact) -> None:
         assert options.nats is not None
         self._options, self._tier = options, tier
+        # What is said to be larger is no record of this cache: no room is made for it.
+        self._most_record_bytes = min(MAX_RECORD_BYTES, tier.transcoder.raw_block_bytes + _HEADER_BYTES)
         self.worker = new_worker(socket.gethostname())
         self._ends: list[Callable[[], Any]] = []
         try:
@@ -120,7 +125,7 @@ class Cluster:
         for holders in self.follower.index.longest_prefix(keys):
             by_size: dict[int, list[str]] = {}
             for holder in holders:
-                if holder.size <= MAX_RECORD_BYTES:
+                if holder.size <= self._most_record_bytes:
                     by_size.setdefault(holder.size, []).append(holder.worker)
             if not by_size:
                 break
@@ -138,7 +143,8 @@ class Cluster:
                 while worker not in self.follower.workers() and time.monotonic() < deadline:
                     time.sleep(0.01)
                 subject = handoff.subject_of(f"{self._pulls}.{worker}")
-                found = [Remote(size, (worker,)) for size in handoff.ask(self.nats, subject, keys, deadline)]
+                sizes = handoff.ask(self.nats, subject, keys, deadline)
+                found = [Remote(s, (worker,)) for s in takewhile(lambda s: s <= self._most_record_bytes, sizes)]
             except KvtcError as exc:
                 log.warning("worker %s was not asked what it holds: %s", worker, exc)
             finally:

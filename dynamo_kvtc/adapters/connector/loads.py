@@ -17,7 +17,7 @@ from typing import Any
 
 from dynamo_kvtc.adapters.connector.cluster import Cluster, Remote
 from dynamo_kvtc.codec.record import Record
-from dynamo_kvtc.errors import EngineTimeoutError
+from dynamo_kvtc.errors import EngineTimeoutError, KvtcError
 from dynamo_kvtc.tier.grouped import Opened
 from dynamo_kvtc.tier.incoming import Incoming
 from dynamo_kvtc.tier.tier import Tier
@@ -89,7 +89,13 @@ class Load:
         self._pulled = [i for i, b in enumerate(blocks) if b.key in remote]
         local = [b.key for b in blocks if b.key not in remote]
         if self._pulled:
-            self._start_pull()
+            try:
+                self._start_pull()
+            except KvtcError as exc:
+                log.warning("a pull was not begun: %s", exc)
+            if self._pull is None:
+                with self._changed:
+                    self._cut_at(self._pulled[0])
         groups = self._tier.by_group
         if groups is not None and (not local or not groups.open(local, self._here)):
             self._here({})
@@ -150,9 +156,6 @@ class Load:
         assert self._cluster is not None
         self._left = [self._cluster.groups] * len(self._pulled)
         self._pull = self._cluster.pull(wanted, [slot.record for slot in self._slots], self._arrived)
-        if self._pull is None:
-            with self._changed:
-                self._cut_at(self._pulled[0])
 
     def _arrived(self, arrival: Arrival) -> None:
         """From a thread of the pull's."""

@@ -31,6 +31,9 @@ COUNTS = {
 
 
 class Driver:
+    _send: Any = None
+    wire_bytes = 0
+
     def __init__(self, model: str, options: dict[str, Any]) -> None:
         config = {
             "kv_connector": "KvtcConnector", "kv_role": "kv_both",
@@ -129,10 +132,31 @@ class Driver:
         self._on_send(flip)
 
     def _on_send(self, change: Any) -> None:
+        """Instead of what was done to frames before."""
         from dynamo_kvtc.transfer import tcp
 
-        send = tcp._Line.send
+        send = self._send = self._send or tcp._Line.send
         tcp._Line.send = lambda line, frame, deadline: send(line, change(frame), deadline)
+
+    def count_wire(self) -> None:
+        """From now on all that this worker sends over TCP is counted, frames' heads included."""
+        self.wire_bytes = 0
+
+        def counted(frame: Any) -> Any:
+            self.wire_bytes += 4 + sum(map(len, frame))
+            return frame
+
+        self._on_send(counted)
+
+    def wire(self) -> int:
+        return self.wire_bytes
+
+    def pinned(self) -> int:
+        """Records of the host on lease, or being written."""
+        host = self.node.tier.records.host
+        with host._lock:
+            host._sweep()
+            return sum(host._shelf.pins)
 
     def events(self) -> list[Any]:
         return [[n.block_hash.hex(), tier, gone] for n, tier, gone in self.node.router.take()]
