@@ -24,7 +24,7 @@ from typing import Any
 
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.up.manifest import Component, Manifest
-from dynamo_kvtc.up.settings import EXTRA, FLAG, read_settings
+from dynamo_kvtc.up.settings import CONNECTOR, EXTRA, FLAG, module_of, read_settings
 
 LOOPBACK = "127.0.0.1"
 BLOCK_TOKENS = "32"
@@ -54,6 +54,8 @@ LOCAL = {
     "VLLM_HOST_IP": LOOPBACK, "VLLM_LOOPBACK_IP": LOOPBACK,
 }  # fmt: skip
 BUDGETS = {"host_gib": 0.25, "disk_gib": 0.5}
+# What a GPU codes in milliseconds takes a CPU seconds, and the first time it compiles.
+PATIENCE = {"handoff_seconds": 60.0, "pull_seconds": 60.0, "load_seconds": 120.0}
 KVBM_BUDGETS = {"DYN_KVBM_CPU_CACHE_GB": 0.25, "DYN_KVBM_DISK_CACHE_GB": 0.5}
 KVBM_PORTS = ("DYN_KVBM_LEADER_ZMQ_PUB_PORT", "DYN_KVBM_LEADER_ZMQ_ACK_PORT", "DYN_KVBM_METRICS_PORT")
 _INHERITED_NOT = ("DYN_", "VLLM_", "NATS_", "ETCD_", "KV_")
@@ -267,8 +269,10 @@ def _own_socket(text: str, path: Path, where: str) -> str:
 def _settings(text: str, machine: Machine, where: str, told: dict[str, None]) -> str:
     value = read_settings(text, where)
     extra = value.setdefault(EXTRA, {})
-    smaller = {n: most for n, most in BUDGETS.items() if isinstance(extra.get(n), int | float) and extra[n] > most}
-    for name, option in (smaller | dict(machine.tier)).items():
+    fitting = {n: most for n, most in BUDGETS.items() if isinstance(extra.get(n), int | float) and extra[n] > most}
+    if module_of(value) == CONNECTOR and "nats" in extra:
+        fitting |= {n: least for n, least in PATIENCE.items() if extra.get(n, 0) < least}
+    for name, option in (fitting | dict(machine.tier)).items():
         if extra.get(name) != option:
             before = f" instead of {extra[name]}" if name in extra else ""
             told[f"{name} {json.dumps(option)}{before} in {EXTRA}"] = None

@@ -130,6 +130,16 @@ def test_what_is_asked_for_wins(machine, tmp_path):
         plan(manifest(), unknown, None)
 
 
+def test_a_cpu_takes_its_time(machine):
+    settings = {
+        **SETTINGS, "kv_connector": "KvtcConnector", "kv_connector_module_path": "dynamo_kvtc.adapters.connector",
+        EXTRA: {"artifact": "/art/a.safetensors", "host_gib": 0.1, "nats": {}, "pull_seconds": 90},
+    }  # fmt: skip
+    worker = plan(manifest(settings), machine, None).processes[-1]
+    extra = json.loads(get_flag(worker.command, FLAG))[EXTRA]
+    assert (extra["handoff_seconds"], extra["pull_seconds"], extra["load_seconds"]) == (60, 90, 120)
+
+
 def test_kvbm_budgets_and_ports(machine):
     settings = {
         "kv_connector": "DynamoConnector", "kv_connector_module_path": "dynamo_kvtc.adapters.kvbm",
