@@ -174,7 +174,7 @@ def test_real_parsers_accept_every_argument(module):
         assert told == [[connector, "recompute", "tcp://*:20080"] for connector in connectors]
     else:
         assert told == [["kv", 16]] * len(commands)
-    assert refused == "2"
+    assert refused in ("1", "2")
 
 
 @pytest.mark.engine
