@@ -129,9 +129,9 @@ def _write(x, y, rows, place, mask, gain, mean, cos, sin, base, first, is_k, sca
 
 @gluon.jit
 def _consume(a, b, a_wide, b_wide, ready, free, tokens, channels, k_narrow, k_wide, narrow_unit, factors, gain, mean,
-             cos, sin, addresses, slots, first_layer, layers, heads, first_head, block_tokens, stride_block, stride_head,
-             stride_token, programs, scaling, top, D: gl.constexpr, GROUP: gl.constexpr, ALIGN: gl.constexpr,
-             DTYPE: gl.constexpr):  # fmt: skip
+             cos, sin, addresses, slots, first_layer, layers, heads, first_head, block_tokens, stride_block,
+             stride_head, stride_token, programs, scaling, top, D: gl.constexpr, GROUP: gl.constexpr,
+             ALIGN: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     integers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, _BN, 32])
     floats: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, _BN, 16])
     # Half a tile's columns in the threads that have them, but neighbours in neighbouring registers.
