@@ -11,25 +11,26 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynamo_kvtc.codec.headers import SOUND, read_headers
+from dynamo_kvtc.codec.headers import SOUND, prove_sections, read_headers
 from dynamo_kvtc.codec.paged import Blocks, PagedCodec
 from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.codec.policy import ExactCounts
 from dynamo_kvtc.codec.record import Record, claimed_position
 from dynamo_kvtc.errors import ConfigError, RecordCorruptError, RecordError, RecordMismatchError
-from dynamo_kvtc.ops.checksum import crc32
 from dynamo_kvtc.store import Lease
 from dynamo_kvtc.tier.transcode import Block, Promise, Put
 
 _ALIGNMENT = 16
+_WARM_BLOCKS = 64
 _PROVERS = max(1, min(8, (os.cpu_count() or 1) // 2))
-"""Threads that check records' checksums on the host: one does 1 to 3 GB/s."""
+"""Threads that check records' checksums on the host."""
 SCRATCH_BYTES = 96 << 20
 """Pinned memory that records pass through, each way: more than the codec's largest chunk of them."""
 
@@ -123,13 +124,8 @@ class CudaTranscoder:
         batch = read_headers(arena, offsets, sizes, np.full(len(here), n, dtype=np.int32), self._codec.identity)
         good = batch.status == SOUND
 
-        def check(start: int) -> None:
-            # zlib lets other threads run while it works on a section.
-            for b in range(start, len(here), _PROVERS):
-                for (at, size), crc in zip(batch.sections[b].tolist(), batch.crc[b].tolist(), strict=True):
-                    good[b] = good[b] and crc32(arena.data[at : at + size]) == crc
-
-        list(self._provers.map(check, range(min(_PROVERS, len(here)))))
+        prove = partial(prove_sections, arena, batch, good, step=_PROVERS)
+        list(self._provers.map(prove, range(min(_PROVERS, len(here)))))
         positions = batch.positions.reshape(-1, n)
         first = np.where(positions[:, -1] - positions[:, 0] == n - 1, positions[:, 0], -1)
         for b in np.flatnonzero(good):
@@ -184,6 +180,23 @@ class CudaTranscoder:
                 )
             self._decode(self._in, offsets, part, blocks, promises, fence, out)
         return out
+
+    def warm(self) -> None:
+        """Compiles what is needed, so that no request waits for it: some pages are coded, decoded, and put back."""
+        cache = self._codec.cache
+        most = min(_WARM_BLOCKS, cache.slots // self.block_tokens)
+        kept = [view[:most].clone() for views in (cache.k, cache.v) for view in views]
+        if self._cuda:
+            torch.cuda.current_stream(self._device).synchronize()
+        for n in {1, most}:
+            blocks = self._blocks([Block(b"", i, self.block_tokens * i) for i in range(n)])
+            encoded = self._codec.encode(blocks, self._out, 0)
+            encoded.finish()
+            self._codec.decode(self._out, encoded.offsets, encoded.sizes, blocks).finish()
+        for view, before in zip((view for views in (cache.k, cache.v) for view in views), kept, strict=True):
+            view[:most] = before
+        if self._cuda:
+            torch.cuda.current_stream(self._device).synchronize()
 
     def close(self) -> None:
         self._provers.shutdown()
