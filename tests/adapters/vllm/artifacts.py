@@ -3,6 +3,8 @@ is imported already."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,3 +23,27 @@ def any_artifact(model: Path, path: Path, dtype: str = "float32") -> Path:
     identity = ModelIdentity("any", "", checkpoint_digest(model, dtype), config.architectures[0])
     save_artifact(path, msgspec.structs.replace(manifest, model=identity), tensors)
     return path
+
+
+def calibrated(
+    model: Path, path: Path, groups: int, ratios: Sequence[float], tokens: int = 8_000, length: int = 512,
+    fisher: int = 2,
+) -> None:  # fmt: skip
+    from dynamo_kvtc.calibrate.run import CalibrationConfig, calibrate
+    from dynamo_kvtc.calibrate.texts import draw_texts
+    from dynamo_kvtc.hf.model import load_model
+
+    loaded = load_model(str(model), dtype="float32")
+    config = CalibrationConfig(groups=groups, ratios=tuple(ratios), fisher_sequences=fisher)
+    manifest, tensors = calibrate(loaded, draw_texts(loaded, ["python"], tokens, length, 4), config, lambda *_: None)
+    save_artifact(path, manifest, tensors)
+
+
+def hybrid_model(model: Path, folder: Path) -> Path:
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((model / "config.json").read_text())
+    kinds = [("full", "sliding")[i % 2] + "_attention" for i in range(config["num_hidden_layers"])]
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**config, "layer_types": kinds, "sliding_window": 256}))
+    return folder
