@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def live(case: Case, first: int, told: Path, checks: int) -> None:
 
     tier = {"point": "fine", "exact": "all", "host_gib": 0.05, "disk_gib": 0.5, "disk_path": str(case.work / "disk"),
             "write_through": True}  # fmt: skip
-    llm = engine(case, tier, 30, FAILURES_ARE_TOLD)
+    llm = engine(case, tier, 40, FAILURES_ARE_TOLD)
     disk = shared().tier._store.disk
 
     def ask(number: int, params: dict[str, Any] | None = None) -> list[Any]:
@@ -105,7 +106,8 @@ def main() -> None:
             os.dup2(2, 1)
             try:
                 live(case, int(first), Path(told), int(checks))
-            finally:
+            except BaseException:
+                traceback.print_exc()
                 os._exit(1)
         print(pid, flush=True)
         os.waitpid(pid, 0)
