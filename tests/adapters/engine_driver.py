@@ -34,14 +34,15 @@ def play(scenarios: dict[str, Any]) -> None:
     set_environment()
     results = []
     for name, model, work, artifact, *more in json.loads(sys.argv[1]):
-        began = time.monotonic()
+        began, busy = time.monotonic(), time.process_time()
         take_ports()
         Path(work).mkdir(exist_ok=True)
         try:
             result = scenarios[name](Case(model, Path(work), artifact, tuple(more)))
         except Exception:
             result = {"raised": traceback.format_exc()}
-        results.append({**result, "took_seconds": time.monotonic() - began})
+        took = {"took_seconds": time.monotonic() - began, "processor_seconds": time.process_time() - busy}
+        results.append({**result, **took})
         allow_another_engine()
     sys.stdout.write("\n" + json.dumps(results) + "\n")
     sys.stdout.flush()
@@ -111,7 +112,7 @@ def run(
 
     sampling = [
         SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1,
+            temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1, detokenize=False,
             extra_args={"kv_transfer_params": p} if p else None,
         )
         for p in (params or [None] * len(prompts))

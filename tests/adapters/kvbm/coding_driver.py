@@ -4,6 +4,7 @@ in vLLM's environment."""
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -149,6 +150,58 @@ def lossy(case: Case) -> dict[str, Any]:
     return result
 
 
+def two_ranks(case: Case) -> dict[str, Any]:
+    """Tensor parallelism in processes of vLLM's own: as in ``exact``. Then what one rank holds in memory is damaged."""
+    cores = sorted(os.sched_getaffinity(0))
+    # Functions go to the workers; a CPU's workers are told their cores where there is one NUMA node.
+    os.environ.update(VLLM_ALLOW_INSECURE_SERIALIZATION="1", VLLM_CPU_OMP_THREADS_BIND=f"{cores[0]}|{cores[-1]}")
+    budget(case, CPU_CACHE_OVERRIDE_NUM_BLOCKS=64, DISK_CACHE_OVERRIDE_NUM_BLOCKS=256)
+    llm = engine(case, 60, {"point": "fine", "exact": "all"}, distributed_executor_backend="mp",
+                 tensor_parallel_size=2, skip_tokenizer_init=True)  # fmt: skip
+
+    def settle_all() -> None:
+        llm.collective_rpc(settle_rank)
+
+    prompts, local, restored = local_and_restored(llm, settle_all)
+    settle_all()
+    result: dict[str, Any] = {
+        "local_cached": [r[2] for r in local], "restored_cached": [r[2] for r in restored],
+        "same": same(local, restored), "ranks": llm.collective_rpc(rank_told),
+    }  # fmt: skip
+    # Out of the device's cache, by prompts that only KVBM's host and disk have now.
+    evicting = slice(0, 8)
+    run(llm, prompts[evicting])
+    result["flipped"] = llm.collective_rpc(flip_on_rank_1)
+    last = slice(16, 24)
+    got = run(llm, prompts[last])
+    settle_all()
+    result["damaged"] = {
+        "cached": [r[2] for r in got], "right": close_to(local[last], got), "ended": [r[3] for r in got],
+        "failed": [rank["ledger"].get("failed_loads", 0) for rank in llm.collective_rpc(rank_told)],
+    }  # fmt: skip
+    llm.llm_engine.engine_core.shutdown()
+    return result
+
+
+def settle_rank(_: Any) -> None:
+    settle()
+
+
+def rank_told(_: Any) -> dict[str, Any]:
+    return {"counts": told(), "ledger": dict(worker().counts())}
+
+
+def flip_on_rank_1(engine_worker: Any) -> int:
+    """A bit of every record in its host memory."""
+    host, keys = tier()._store.host, []
+    if engine_worker.rank == 1:
+        keys = list(host._shelf.slots)
+        for key in keys:
+            with host.get(key) as lease:
+                host._view[lease.offset + len(lease) - 9] ^= 4
+    return len(keys)
+
+
 def refused(case: Case) -> dict[str, Any]:
     """What the engine says at start. More: what to change of the mover's options and of the engine's."""
     coding, extra = case.more
@@ -161,7 +214,7 @@ def refused(case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-    engine_driver.play({scenario.__name__: scenario for scenario in (exact, lossy, refused)})
+    engine_driver.play({scenario.__name__: scenario for scenario in (exact, lossy, refused, two_ranks)})
 
 
 if __name__ == "__main__":

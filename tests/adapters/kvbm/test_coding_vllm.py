@@ -26,7 +26,7 @@ def short(model, any_artifact, quickly_calibrated, texts, hybrid, tmp_path_facto
         ["refused", hybrid, work / "hybrid", any_artifact, {"point": "fine"}, {"num_gpu_blocks_override": 128}],
     ]
     results = dict(zip((case[0] for case in cases), play(DRIVER, cases), strict=True))
-    print({name: result["took_seconds"] for name, result in results.items()})
+    print({name: (result["took_seconds"], result["processor_seconds"]) for name, result in results.items()})
     return lambda scenario: checked(results[scenario])
 
 
@@ -76,10 +76,10 @@ def test_a_coded_record_costs_what_evaluation_says(short, model, quickly_calibra
 
 
 def test_a_hybrid_model_is_refused(short):
-    """Sliding windows in every other layer: two cache groups."""
+    """Sliding windows in every other layer. For a connector of this kind vLLM makes one cache group of them."""
     seen = short("refused")
     assert "UnsupportedModelError" in seen["error"]
-    assert "2 groups" in seen["error"]
+    assert "sliding-window attention in layer 1" in seen["error"]
 
 
 @pytest.mark.long
@@ -105,6 +105,30 @@ def check_coded(seen, model, artifact, texts, point):
     assert seen["capacity"][0] > 0.25e9 / raw * 0.4 * float(point)
     assert seen["metrics"]["vllm:kvtc_loaded_blocks"] >= 24
     assert seen["metrics"]["vllm:kvtc_used_bytes"] > 0
+
+
+@pytest.mark.long
+def test_two_ranks_of_tensor_parallelism(model, tmp_path):
+    """Each in a process of its own. What one cannot load, both compute again."""
+    from tests.adapters.vllm.artifacts import any_artifact, small_model
+
+    small = small_model(tmp_path / "model")
+    artifact = any_artifact(small, tmp_path / "two.safetensors", tp_size=2)
+    seen = run("two_ranks", small, tmp_path / "work", artifact)
+    assert seen["restored_cached"] == seen["local_cached"] == [96] + [128] * 23
+    assert seen["same"] == [True] * 24
+    assert len(seen["ranks"]) == 2
+    for rank in seen["ranks"]:
+        assert rank["counts"]["kvtc_lookup_blocks_total['hit', 'host']"] > 0
+        assert rank["counts"]["kvtc_lookup_blocks_total['hit', 'disk']"] > 0
+        assert rank["counts"]["kvtc_stored_blocks_total['stored']"] >= 96
+        assert rank["ledger"]["failed_stores"] == rank["ledger"]["failed_loads"] == 0
+    assert seen["flipped"] == [0, 64]
+    damaged = seen["damaged"]
+    assert damaged["right"] == [True] * 8
+    assert damaged["ended"] == ["length"] * 8
+    assert damaged["failed"][0] == 0
+    assert damaged["failed"][1] > 0
 
 
 @pytest.mark.long

@@ -12,14 +12,15 @@ import msgspec
 from dynamo_kvtc.codec.artifact import save_artifact
 from dynamo_kvtc.hf.checkpoint import checkpoint_digest, read_config, rope_of, shape_of
 from dynamo_kvtc.types import ModelIdentity
-from tests.builders import make_artifact
+from tests.builders import case_seed, make_artifact
 
 
-def any_artifact(model: Path, path: Path, dtype: str = "float32") -> Path:
+def any_artifact(model: Path, path: Path, dtype: str = "float32", tp_size: int = 1) -> Path:
     """An artifact of random numbers that says it is this model's: enough where every token stays exact."""
     config = read_config(str(model))
     shape, rope = shape_of(config, dtype), rope_of(config, "half")
-    manifest, tensors, _ = make_artifact(shape, rope, groups=((0, 10), (10, shape.layers)), components=20)
+    groups = ((0, shape.layers // 3), (shape.layers // 3, shape.layers))
+    manifest, tensors, _ = make_artifact(shape, rope, groups=groups, components=20, tp_size=tp_size)
     identity = ModelIdentity("any", "", checkpoint_digest(model, dtype), config.architectures[0])
     save_artifact(path, msgspec.structs.replace(manifest, model=identity), tensors)
     return path
@@ -37,6 +38,23 @@ def calibrated(
     config = CalibrationConfig(groups=groups, ratios=tuple(ratios), fisher_sequences=fisher)
     manifest, tensors = calibrate(loaded, draw_texts(loaded, ["python"], tokens, length, 4), config, lambda *_: None)
     save_artifact(path, manifest, tensors)
+
+
+def small_model(folder: Path) -> Path:
+    """Random weights, no tokenizer; 2 KV heads, for two ranks (SmolLM2 has 3), and a vocabulary for prompt_of."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(case_seed())
+    module = LlamaForCausalLM(LlamaConfig(
+        vocab_size=49152, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
+    ))  # fmt: skip
+    for name, parameter in module.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    module.save_pretrained(folder)
+    return folder
 
 
 def hybrid_model(model: Path, folder: Path) -> Path:

@@ -34,7 +34,7 @@ def short(model, any_artifact, quickly_calibrated, texts, hybrid, tmp_path_facto
     if mount:
         cases.insert(2, ["full", model, work / "full", any_artifact, mount])
     results = dict(zip((case[0] for case in cases), play(DRIVER, cases, mount=mount), strict=True))
-    print({name: result["took_seconds"] for name, result in results.items()})
+    print({name: (result["took_seconds"], result["processor_seconds"]) for name, result in results.items()})
 
     def result(scenario: str) -> dict[str, Any]:
         if scenario not in results:
