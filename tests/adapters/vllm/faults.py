@@ -9,6 +9,9 @@ from typing import Any
 from tests.adapters.engine_driver import Case, close_to, forget, prompt_of, run
 from tests.adapters.vllm.driver import COUNTS, FAILURES_ARE_TOLD, counted, engine, settle, shared
 
+TOKENS = 8
+"""Of an answer."""
+
 
 def flip(key: bytes) -> bool:
     """A bit of a record in host memory."""
@@ -28,14 +31,14 @@ def faults(case: Case) -> dict[str, Any]:
     llm = engine(case, tier, 48, FAILURES_ARE_TOLD)
     prompts = [prompt_of(i, 129 + i) for i in range(6)]
     result: dict[str, Any] = {}
-    run(llm, prompts)
-    local = run(llm, prompts)
+    run(llm, prompts, TOKENS)
+    local = run(llm, prompts, TOKENS)
     settle()
     t = shared().tier
 
     def after(name: str) -> None:
         forget(llm, settle)
-        got = run(llm, prompts)
+        got = run(llm, prompts, TOKENS)
         result[name] = {"cached": [r[2] for r in got], "right": close_to(local, got), "ended": [r[3] for r in got]}
         settle()
 
@@ -137,10 +140,10 @@ def full(case: Case) -> dict[str, Any]:
         """4 prompts, numbered from ``first``: computed the first time, and then from below."""
         prompts = [prompt_of(first + i, 129 + i) for i in range(4)]
         if first not in local:
-            run(llm, prompts)
-            local[first] = run(llm, prompts)
+            run(llm, prompts, TOKENS)
+            local[first] = run(llm, prompts, TOKENS)
         forget(llm, rest)
-        got = run(llm, prompts)
+        got = run(llm, prompts, TOKENS)
         result[name] = {
             "cached": [r[2] for r in got], "right": close_to(local[first], got), "ended": [r[3] for r in got],
             "on_disk": shared().tier._store.disk.stats().entries, "errors": errors(),
