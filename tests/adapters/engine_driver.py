@@ -29,11 +29,11 @@ class Case:
 
 
 def play(scenarios: dict[str, Any]) -> None:
-    """The program: argument 1 is a JSON list of [scenario, model, work, artifact, ...]. Prints a JSON list of results;
-    of a scenario that raised, {"raised": why}."""
+    """The program. It reads a JSON list of [scenario, model, work, artifact, ...] and prints one of their results: if a
+    scenario raised, {"raised": why}."""
     set_environment()
     results = []
-    for name, model, work, artifact, *more in json.loads(sys.argv[1]):
+    for name, model, work, artifact, *more in json.load(sys.stdin):
         began, busy = time.monotonic(), time.process_time()
         take_ports()
         Path(work).mkdir(exist_ok=True)

@@ -52,10 +52,10 @@ def play(module: str, cases: Sequence[Sequence[Any]], timeout: float = 900, moun
     cases: [scenario, model, work, artifact, ...] each. mount: where that process sees a file system of 112 MiB.
     """
     given = json.dumps([[str(x) if isinstance(x, Path) else x for x in case] for case in cases])
-    command = [str(engines() / "vllm" / "bin" / "python"), "-m", module, given]
+    command = [str(engines() / "vllm" / "bin" / "python"), "-m", module]
     if mount is not None:
         command = [*MOUNTING, f'mount -t tmpfs -o size=112m none "{mount}" && exec "$@"', "sh", *command]
-    return _run(command, VLLM_KVBM, timeout, len(cases))
+    return _run(command, VLLM_KVBM, timeout, len(cases), given)
 
 
 MOUNTING = ["unshare", "-Urm", "sh", "-c"]
@@ -99,10 +99,12 @@ def environment(version: str, leaders: int) -> dict[str, str]:
     return made
 
 
-def _run(command: list[str], version: str, timeout: float, leaders: int = 1) -> Any:
-    """The JSON on the program's last line."""
-    given = environment(version, leaders)
-    done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=timeout)
+def _run(command: list[str], version: str, timeout: float, leaders: int = 1, given: str = "") -> Any:
+    """The JSON on the program's last line. given: its input."""
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(version, leaders), input=given, capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines or lines[-1][0] not in "[{":
         raise AssertionError(

@@ -1,6 +1,6 @@
 """Real vLLM on the CPU, the real leader and the coding mover, configured as a user does: scenarios for
-engine_driver.play. ``python -m tests.adapters.kvbm.coding_driver '[["exact", MODEL_DIR, WORK_DIR, ARTIFACT], ...]'``,
-in vLLM's environment."""
+engine_driver.play. ``echo '[["exact", MODEL_DIR, WORK_DIR, ARTIFACT], ...]' | python -m
+tests.adapters.kvbm.coding_driver``, in vLLM's environment."""
 
 from __future__ import annotations
 

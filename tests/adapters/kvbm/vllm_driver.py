@@ -1,6 +1,6 @@
 """Real vLLM on the CPU, the real leader, our connector and the raw mover: scenarios for engine_driver.play, which need
-no artifact. ``python -m tests.adapters.kvbm.vllm_driver '[["exact", MODEL_DIR, WORK_DIR, ""], ...]'``, in vLLM's
-environment."""
+no artifact. ``echo '[["exact", MODEL_DIR, WORK_DIR, ""], ...]' | python -m tests.adapters.kvbm.vllm_driver``, in
+vLLM's environment."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Real vLLM on the CPU, its OffloadingConnector and our spec: scenarios for engine_driver.play.
-``python -m tests.adapters.vllm.driver '[["exact", MODEL_DIR, WORK_DIR, ARTIFACT], ...]'``, in vLLM's environment."""
+``echo '[["exact", MODEL_DIR, WORK_DIR, ARTIFACT], ...]' | python -m tests.adapters.vllm.driver``, in vLLM's
+environment."""
 
 from __future__ import annotations
 
