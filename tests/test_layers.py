@@ -28,7 +28,7 @@ DOORS = {
     "huggingface_hub": ["hf/"],
     "matplotlib": ["evaluate/plot.py", "demo/report.py", "bench/report.py"],
     "safetensors": ["codec/artifact.py", "hf/"],
-    "msgspec": ["codec/", "transfer/wire.py", "calibrate/run.py", "cli/inspect.py"],
+    "msgspec": ["codec/", "events/", "transfer/wire.py", "calibrate/run.py", "cli/inspect.py"],
     "zlib": ["ops/deflate/", "ops/checksum/reference.py"],
     "click": ["cli/", "progress"],
     "rich": [
@@ -48,7 +48,8 @@ DOORS = {
     "dynamo": ["adapters/kvbm"],
     "zmq": ["adapters/kvbm/worker.py"],
     "prometheus_client": ["tier/metrics.py"],
-    "nats": ["events/nats.py"],
+    "nats": ["events/nats_client.py"],
+    "nkeys": ["events/nats_client.py"],
     "nixl": ["transfer/nixl.py"],
     # What the store uses, and what it is measured against.
     "sqlite3": ["store/disk_index.py", "bench/store_engines.py"],

@@ -90,6 +90,27 @@ def codec_command(
         plot(rows, plot_path)
 
 
+@command.command("events")
+@click.option("--server", metavar="URL", help="nats://host:4222.  [default: a nats-server started for this]")
+@click.option("--events", default=100_000, show_default=True, type=click.IntRange(1, 5_000_000))
+@click.option("--blocks", default=1_000_000, show_default=True, help="In the index.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures as JSON.")
+def events_command(server: str | None, events: int, blocks: int, json_path: Path | None) -> None:
+    """Events a second and until they are seen, between two processes; the index against a dict of sets."""
+    from contextlib import ExitStack
+
+    from dynamo_kvtc.bench.events import measure_events, measure_index
+    from dynamo_kvtc.events.server import LocalServer
+
+    with ExitStack() as stack:
+        url = server or stack.enter_context(LocalServer()).url
+        told = {"events": measure_events(url, events)}
+    told["index"] = measure_index(blocks)
+    Console().print_json(data=told)
+    if json_path is not None:
+        json_path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
 @command.command("store")
 @click.option("--engine", "engines", multiple=True, metavar="NAME",
               help="kvtc (the disk tier), sqlite, lmdb, rocksdict or diskcache.  [default: kvtc]")  # fmt: skip

@@ -26,17 +26,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_kvtc.errors import (
     KvtcError,
-    MissingDependencyError,
     NatsError,
     NatsRefusedError,
     NatsTimeoutError,
     NatsUnavailableError,
 )
+from dynamo_kvtc.events import nats_client
 from dynamo_kvtc.events.inbox import MESSAGE_BYTES, Message, Subscription
 from dynamo_kvtc.events.options import DEGRADED, NatsOptions
 
 if TYPE_CHECKING:
-    from nats.aio.client import Client
+    from dynamo_kvtc.events.nats_client import Client
 
 PENDING_BYTES = 64 << 20
 """What a subscription holds at most, unless told otherwise."""
@@ -44,7 +44,6 @@ DEFAULT_PAYLOAD = 1 << 20
 """A server's limit unless it is configured; said until the first connection knows better."""
 FAILED = "Kvtc-Failed"
 """Header of an answer that says only that the handler failed."""
-PING_SECONDS = 5
 BACKOFF_SECONDS = (0.05, 2.0)
 
 log = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ class Nats:
         self.options, self.name = options, name
         self.last_error: str | None = None
         self.connects = self.sent = self.refused = 0
-        self._client_options = _client_options(options, name)
+        self._client_options = nats_client.client_options(options, name)
         self._client: Client | None = None
         self._lost: asyncio.Future[None] | None = None
         self._max_payload = DEFAULT_PAYLOAD
@@ -85,6 +84,7 @@ class Nats:
         self._out_bytes = 0
         self._pumping = False
         self._subscriptions: dict[Subscription, Any] = {}
+        self._asked: dict[str, asyncio.Future[str]] = {}
         self._told_up: list[Callable[[], None]] = []
         self._told_down: list[Callable[[], None]] = []
         self._closed = False
@@ -109,12 +109,12 @@ class Nats:
             self._changed.wait_for(lambda: self.connected or self._closed, timeout)
         return self.connected
 
-    def on_connected(self, told: Callable[[], None]) -> None:
-        """Called after every connection, the first included if it is still to come; not on the connection's thread."""
-        self._told_up.append(told)
+    def on_connected(self, told: Callable[[], None]) -> Callable[[], None]:
+        """Called after every connection that is still to come, on a thread that may use this. The result ends it."""
+        return _listed(self._told_up, told)
 
-    def on_disconnected(self, told: Callable[[], None]) -> None:
-        self._told_down.append(told)
+    def on_disconnected(self, told: Callable[[], None]) -> Callable[[], None]:
+        return _listed(self._told_down, told)
 
     def new_inbox(self) -> str:
         """A subject that nobody else uses."""
@@ -146,7 +146,7 @@ class Nats:
         self, subject: str, payload: bytes, timeout: float, headers: Mapping[str, str] | None = None
     ) -> Message:  # fmt: skip
         """Raises NatsTimeoutError; NatsUnavailableError if not connected, or nobody serves there; NatsRefusedError if
-        whoever serves failed."""
+        whoever serves failed, or this user may not ask there."""
         self._check_size(subject, payload, headers)
         asked = self._request(subject, payload, timeout, dict(headers) if headers else None)
         answer = self._on_thread(asked, timeout, f"{subject} did not answer within {timeout:g} s")
@@ -269,15 +269,11 @@ class Nats:
             if not self._lost.done():
                 self._lost.set_result(None)
             pump.cancel()
-            # A server that hangs would let the library wait for its socket for ever.
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(client.close(), 1.0)
+            await nats_client.end(client)
             self._tell(self._told_down)
 
     async def _connect(self) -> Client | None:
-        from nats.aio.client import Client
-
-        client, lost = Client(), self._loop.create_future()
+        lost: asyncio.Future[None] = self._loop.create_future()
 
         async def closed() -> None:
             if not lost.done():
@@ -286,26 +282,31 @@ class Nats:
         async def erred(exc: Exception) -> None:
             # A refusal by permission closes nothing: nobody but the log would hear of it.
             text = str(exc) or type(exc).__name__
+            for subject, denied in list(self._asked.items()):
+                if "permissions violation" in text.lower() and f'"{subject.lower()}"' in text.lower():
+                    denied.set_result(text) if not denied.done() else None
             if text != self.last_error:
                 log.log(logging.WARNING if self.connected else logging.DEBUG, "NATS: %s", text)
             self.last_error = text
 
+        client = None
         try:
-            await asyncio.wait_for(
-                client.connect(closed_cb=closed, error_cb=erred, **self._client_options), self.options.connect_seconds
-            )
-            self._max_payload = client.max_payload
-            self._lost = lost
-            for subscription in list(self._subscriptions):
-                await self._subscribe_on(client, subscription)
-            await client.flush(self.options.connect_seconds)  # type: ignore[arg-type]
+            seconds = self.options.connect_seconds
+            client = await nats_client.connect(self._client_options, self.options.tls, closed, erred, seconds)
+            # Those that are made meanwhile, too, before anybody hears that there is a connection.
+            done: set[Subscription] = set()
+            while missing := [s for s in self._subscriptions if s not in done]:
+                for subscription in missing:
+                    await self._subscribe_on(client, subscription)
+                    done.add(subscription)
+                await nats_client.flush(client, seconds)
         except Exception as exc:
             self.last_error = str(exc) or type(exc).__name__
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(client.close(), 1.0)
+            if client is not None:
+                await nats_client.end(client)
             return None
         with self._changed:
-            self._client = client
+            self._max_payload, self._lost, self._client = client.max_payload, lost, client
             self.connects += 1
             self._changed.notify_all()
         self._tell(self._told_up)
@@ -336,38 +337,34 @@ class Nats:
                     self._changed.notify_all()
 
     async def _request(self, subject: str, payload: bytes, timeout: float, headers: dict[str, str] | None) -> Message:
-        from nats.errors import NoRespondersError
-        from nats.errors import TimeoutError as NatsPyTimeout
-
         client, lost = self._client, self._lost
         if client is None or lost is None:
             raise NatsUnavailableError(f"not connected to NATS: {self.last_error or 'not yet'}")
-        asked = asyncio.ensure_future(client.request(subject, payload, timeout, headers=headers))
-        await asyncio.wait(_any(asked, lost), return_when=asyncio.FIRST_COMPLETED)
+        # The server drops what one may not publish, and says so beside it: without this the asker would wait.
+        denied = self._asked.setdefault(subject, self._loop.create_future())
+        asked = asyncio.ensure_future(nats_client.request(client, subject, payload, timeout, headers))
+        await asyncio.wait(_any(asked, lost, denied), return_when=asyncio.FIRST_COMPLETED)
+        if denied.done() or self._asked.get(subject) is denied:
+            self._asked.pop(subject, None)
         if not asked.done():
             asked.cancel()
+            if denied.done():
+                raise NatsRefusedError(denied.result())
             raise NatsUnavailableError(f"the NATS connection was lost while {subject} was asked")
-        try:
-            got = asked.result()
-        except NoRespondersError as exc:
-            raise NatsUnavailableError(f"nobody serves {subject}") from exc
-        except (NatsPyTimeout, asyncio.TimeoutError) as exc:
-            raise NatsTimeoutError(f"{subject} did not answer within {timeout:g} s") from exc
-        return _message(got)
+        return asked.result()
 
     async def _attach(self, subscription: Subscription, timeout: float) -> None:
         self._subscriptions[subscription] = None
         if self._client is not None:
             await self._subscribe_on(self._client, subscription)
-            await self._client.flush(timeout)  # type: ignore[arg-type]
+            await nats_client.flush(self._client, timeout)
 
     async def _subscribe_on(self, client: Client, subscription: Subscription) -> None:
-        async def arrived(got: Any) -> None:
-            subscription.arrived(_message(got))
-
-        self._subscriptions[subscription] = await client.subscribe(
-            subscription.subject, subscription.queue, cb=arrived, pending_msgs_limit=0, pending_bytes_limit=0
-        )
+        made = await nats_client.subscribe(client, subscription)
+        if subscription in self._subscriptions:
+            self._subscriptions[subscription] = made
+        else:  # it was closed meanwhile
+            await made.unsubscribe()
 
     def _unsubscribe(self, subscription: Subscription) -> None:
         async def leave() -> None:
@@ -382,13 +379,22 @@ class Nats:
     async def _ping(self, timeout: float) -> bool:
         if self._client is None:
             return False
-        await self._client.flush(timeout)  # type: ignore[arg-type]
+        await nats_client.flush(self._client, timeout)
         return True
 
     def _tell(self, told: list[Callable[[], None]]) -> None:
         for one in list(told):
             with contextlib.suppress(RuntimeError):
                 self._teller.submit(_safely, one)
+
+
+def _listed(told: list[Callable[[], None]], one: Callable[[], None]) -> Callable[[], None]:
+    def end() -> None:
+        with contextlib.suppress(ValueError):
+            told.remove(one)
+
+    told.append(one)
+    return end
 
 
 def _safely(told: Callable[[], None]) -> None:
@@ -398,29 +404,5 @@ def _safely(told: Callable[[], None]) -> None:
         log.exception("a callback failed")
 
 
-def _message(got: Any) -> Message:
-    return Message(got.subject, got.data, got.reply or "", got.headers or {})
-
-
 def _any(*futures: asyncio.Future[Any]) -> set[asyncio.Future[Any]]:
     return set(futures)
-
-
-def _client_options(options: NatsOptions, name: str) -> dict[str, Any]:
-    try:
-        import nats.aio.client  # noqa: F401
-
-        if options.credentials or options.nkey_seed:
-            import nkeys  # noqa: F401
-    except ImportError as exc:
-        raise MissingDependencyError(
-            f"{exc.name} is not installed; `pip install dynamo-kvtc[cluster]` brings the NATS client"
-        ) from exc
-    # The library's own reconnection is off: it gives up for good on a refused login, and keeps what it sent on a dead
-    # connection. Ours makes a new client each time.
-    made: dict[str, Any] = {
-        "name": name, "allow_reconnect": False, "max_reconnect_attempts": 1, "reconnect_time_wait": 0.05,
-        "ping_interval": PING_SECONDS, "max_outstanding_pings": 2, "connect_timeout": options.connect_seconds,
-        "pending_size": min(options.pending_bytes, 4 << 20),
-    }  # fmt: skip
-    return made | options.for_client()

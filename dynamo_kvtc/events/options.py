@@ -81,7 +81,6 @@ class NatsOptions:
 
     def for_client(self) -> dict[str, Any]:
         """What the client's library is told of it. Raises ConfigError if the TLS files are none."""
-        # It would fall back to plain text where a server offers no TLS, unless the address itself says tls.
         made: dict[str, Any] = {
             "servers": [s.replace("nats://", "tls://", 1) if self.tls else s for s in self.servers],
             "inbox_prefix": self.inbox_prefix,
@@ -104,6 +103,40 @@ class NatsOptions:
             made["tls"] = context
         return made
 
+
+@dataclass(frozen=True)
+class EventOptions:
+    """Of what a worker tells, and of what it remembers of others.
+
+    heartbeat_ttl_seconds: a worker that was not heard of for so long is gone from every index; batch_events,
+        batch_bytes, linger_seconds: a batch is sent when one of them is reached; queue_events: what waits to be sent at
+        most, more is dropped and healed later; stream_*: what the server keeps for those who come late, and replicas of
+        it in a cluster of servers; index_mib: memory of the index, about 18,000 entries in each MiB.
+    """
+
+    heartbeat_ttl_seconds: float = 6.0
+    batch_events: int = 1024
+    batch_bytes: int = 256 << 10
+    linger_seconds: float = 0.005
+    queue_events: int = 100_000
+    stream_mib: int = 256
+    stream_seconds: float = 3600.0
+    stream_messages: int = 1_000_000
+    replicas: int = 1
+    index_mib: int = 64
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in _EVENT_RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+                raise ConfigError(f"{name} is {value!r}; it must be {least:g} to {most:g}")
+
+
+_EVENT_RANGES: dict[str, tuple[float, float]] = {
+    "heartbeat_ttl_seconds": (0.2, 3600), "batch_events": (1, 4096), "batch_bytes": (1024, 1 << 19),
+    "linger_seconds": (0, 10), "queue_events": (16, 1 << 24), "stream_mib": (1, 1 << 20),
+    "stream_seconds": (1, 1e7), "stream_messages": (1, 1 << 40), "replicas": (1, 5), "index_mib": (1, 1 << 16),
+}  # fmt: skip
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "namespace": (str,), "credentials": (str,), "nkey_seed": (str,), "user": (str,), "tls_ca": (str,),

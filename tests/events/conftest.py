@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from dynamo_kvtc.events.nats import open_nats
+from dynamo_kvtc.events.options import NatsOptions
 from tests.events.servers import Server
 
 
@@ -21,3 +23,16 @@ def own_server(tmp_path):
     server = Server(tmp_path).start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def connect():
+    made = []
+
+    def one(server, **more):
+        made.append(open_nats(NatsOptions(servers=(server.url,), **{"connect_seconds": 5.0} | more)))
+        return made[-1]
+
+    yield one
+    for nats in made:
+        nats.close()

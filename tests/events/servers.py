@@ -36,7 +36,7 @@ class Server:
     def __init__(self, folder: Path, config: dict | None = None, file: Path | None = None) -> None:
         self.port, self.folder = free_port(), folder
         self.file = file
-        self.config = {"jetstream": {"store_dir": str(folder / "js"), "max_mem": "256M", "max_file": "256M"}}
+        self.config = {"jetstream": {"store_dir": str(folder / "js"), "max_mem": 2 << 30, "max_file": 4 << 30}}
         self.config |= config or {}
         self.process: subprocess.Popen | None = None
 

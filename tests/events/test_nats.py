@@ -22,19 +22,6 @@ from tests.builders import case_seed
 from tests.events.servers import Server, free_port, until
 
 
-@pytest.fixture
-def connect():
-    made = []
-
-    def one(server, **more):
-        made.append(open_nats(NatsOptions(servers=(server.url,), **{"connect_seconds": 5.0} | more)))
-        return made[-1]
-
-    yield one
-    for nats in made:
-        nats.close()
-
-
 def test_messages_arrive_whole_and_in_order(shared_server, connect):
     a, b = connect(shared_server), connect(shared_server)
     rng = random.Random(case_seed())
