@@ -15,6 +15,18 @@ KvtcError
 |   |-- EngineVersionError    a release whose private protocol this release does not know
 |   |-- EngineProtocolError   a message that no known release sends
 |   `-- EngineTimeoutError    it did not answer, or a transfer did not end, in time
+|-- NatsError                 the NATS server, or a peer behind it
+|   |-- NatsUnavailableError  no server answers, it refused the connection, or the connection was lost
+|   |-- NatsTimeoutError      no answer before the deadline
+|   `-- NatsRefusedError      the server, or a peer, answered that it will not
+|-- EventError                a message about blocks or workers
+|   |-- EventFormatError      its bytes are damaged, oversized or forged
+|   `-- EventVersionError     its version is unknown to this release
+|-- TransferError             records on their way between workers
+|   |-- TransferProtocolError bytes that no peer of this release sends
+|   |-- TransferRefusedError  the holder does not serve this asker, or not now
+|   |-- TransferTimeoutError  the other side did not answer, send or take in time
+|   `-- PeerGoneError         the connection could not be made, or ended
 `-- RecordError               a coded block
     |-- RecordTruncatedError  fewer (or more) bytes than it says it has
     |-- RecordCorruptError    a checksum or the entropy decoder's end state disagrees
@@ -85,6 +97,54 @@ class EngineProtocolError(EngineError):
 
 class EngineTimeoutError(EngineError):
     """The other side did not answer, or a transfer did not end, in time."""
+
+
+class NatsError(KvtcError):
+    """The NATS server, or a peer behind it, cannot be worked with."""
+
+
+class NatsUnavailableError(NatsError):
+    """No server answers, it refused the connection, or the connection was lost."""
+
+
+class NatsTimeoutError(NatsError):
+    """No answer before the deadline."""
+
+
+class NatsRefusedError(NatsError):
+    """The server, or a peer, answered that it will not."""
+
+
+class EventError(KvtcError):
+    """A message about blocks or workers cannot be used."""
+
+
+class EventFormatError(EventError):
+    """The message's bytes are damaged, oversized or forged."""
+
+
+class EventVersionError(EventError):
+    """The message's version is unknown to this release."""
+
+
+class TransferError(KvtcError):
+    """Records could not be moved between workers; what did not arrive is computed again."""
+
+
+class TransferProtocolError(TransferError):
+    """Bytes arrived that no peer of this release sends."""
+
+
+class TransferRefusedError(TransferError):
+    """The holder does not serve this asker, or not now."""
+
+
+class TransferTimeoutError(TransferError):
+    """The other side did not answer, send or take in time."""
+
+
+class PeerGoneError(TransferError):
+    """The connection could not be made, or ended."""
 
 
 class RecordError(KvtcError):

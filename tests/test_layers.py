@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "dynamo_kvtc"
 
 # A room imports itself and rooms to its left. `__init__` is the package's own version number.
 ROOMS = [
-    "__init__", "errors", "types", "config", "progress", "ops", "store", "codec", "tier", "hf", "evaluate", "calibrate",
-    "demo", "bench", "adapters", "doctor", "cli",
+    "__init__", "errors", "types", "config", "progress", "ops", "store", "events", "codec", "transfer", "tier", "hf",
+    "evaluate", "calibrate", "demo", "bench", "adapters", "doctor", "cli",
 ]  # fmt: skip
 
 # Third parties and the modules (path prefixes inside the package) that may import them.
@@ -28,7 +28,7 @@ DOORS = {
     "huggingface_hub": ["hf/"],
     "matplotlib": ["evaluate/plot.py", "demo/report.py", "bench/report.py"],
     "safetensors": ["codec/artifact.py", "hf/"],
-    "msgspec": ["codec/", "calibrate/run.py", "cli/inspect.py"],
+    "msgspec": ["codec/", "events/", "transfer/wire.py", "calibrate/run.py", "cli/inspect.py"],
     "zlib": ["ops/deflate/", "ops/checksum/reference.py"],
     "click": ["cli/", "progress"],
     "rich": [
@@ -39,6 +39,7 @@ DOORS = {
         "demo/engine_report.py",
         "bench/report.py",
         "bench/store_report.py",
+        "bench/pull_report.py",
     ],
     "triton": ["ops/*/triton.py", "ops/project/hopper.py"],
     "nvidia": ["ops/deflate/"],
@@ -47,7 +48,9 @@ DOORS = {
     "dynamo": ["adapters/kvbm"],
     "zmq": ["adapters/kvbm/worker.py"],
     "prometheus_client": ["tier/metrics.py"],
-    "nats": ["events/nats.py"],
+    "nats": ["events/nats_client.py"],
+    "nkeys": ["events/nats_client.py"],
+    "nixl": ["transfer/nixl.py"],
     # What the store uses, and what it is measured against.
     "sqlite3": ["store/disk_index.py", "bench/store_engines.py"],
     "lmdb": ["bench/store_engines.py"],

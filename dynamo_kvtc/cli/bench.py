@@ -114,6 +114,27 @@ def entropy_command(
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+@command.command("events")
+@click.option("--server", metavar="URL", help="nats://host:4222.  [default: a nats-server started for this]")
+@click.option("--events", default=100_000, show_default=True, type=click.IntRange(1, 5_000_000))
+@click.option("--blocks", default=1_000_000, show_default=True, help="In the index.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures as JSON.")
+def events_command(server: str | None, events: int, blocks: int, json_path: Path | None) -> None:
+    """Events a second and until they are seen, between two processes; the index against a dict of sets."""
+    from contextlib import ExitStack
+
+    from dynamo_kvtc.bench.events import measure_events, measure_index
+    from dynamo_kvtc.events.server import LocalServer
+
+    with ExitStack() as stack:
+        url = server or stack.enter_context(LocalServer()).url
+        told = {"events": measure_events(url, events)}
+    told["index"] = measure_index(blocks)
+    Console().print_json(data=told)
+    if json_path is not None:
+        json_path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
 @command.command("store")
 @click.option("--engine", "engines", multiple=True, metavar="NAME",
               help="kvtc (the disk tier), sqlite, lmdb, rocksdict or diskcache.  [default: kvtc]")  # fmt: skip
@@ -141,6 +162,50 @@ def store_command(
         Console().print_json(data=told)
     if json_path is not None:
         json_path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+@command.command("pull")
+@click.option("--plane", "planes", multiple=True, metavar="NAME", help="tcp, nats or nixl.  [default: tcp and nats]")
+@click.option("--record-kb", "sizes", multiple=True, type=float, default=[5.0, 20.0, 100.0], show_default=True,
+              help="Of a record (16 tokens at 20x have 5 to 100); may be repeated.")  # fmt: skip
+@click.option("--megabytes", default=32, show_default=True, help="Of records pulled at once.")
+@click.option("--groups", default=4, show_default=True, help="Layer groups of a record.")
+@click.option("--rounds", default=5, show_default=True, help="Of which the median counts.")
+@click.option("--nats-url", metavar="URL", help="A server that runs.  [default: one of its own]")
+@click.option("--shaped-gbit", type=float, help="Put the holder behind a link of this rate (Linux, root).")
+@click.option("--link-gbit", "gbits", multiple=True, type=float, default=[1.0, 10.0, 100.0], show_default=True,
+              help="Links to do the sums for; may be repeated.")  # fmt: skip
+@click.option("--delay-ms", default=1.0, show_default=True, help="Of those links, one way.")
+@click.option("--codec", "codec_path", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
+              help="What `bench codec --json` wrote: the bytes and the decoder's stages of those sums.")  # fmt: skip
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures as JSON.")
+def pull_command(
+    planes: tuple[str, ...], sizes: tuple[float, ...], megabytes: int, groups: int, rounds: int, nats_url: str | None,
+    shaped_gbit: float | None, gbits: tuple[float, ...], delay_ms: float, codec_path: Path | None,
+    json_path: Path | None,
+) -> None:  # fmt: skip
+    """Pull records from another process over each plane, against a plain TCP copy of the same bytes."""
+    from dynamo_kvtc.bench import pull, pull_report
+
+    console, rows, linked = Console(), [], []
+    for size in sizes:
+        case = pull.PullCase(
+            planes or ("tcp", "nats"), int(1000 * size), megabytes, groups, rounds, nats_url, shaped_gbit
+        )
+        rows += pull.measure(case, lambda told: click.echo(told, err=True))
+    console.print(pull_report.table(rows))
+    if codec_path is not None:
+        best = {row.plane: max(r.mb_s for r in rows if r.plane == row.plane) for row in rows if row.plane != "plain"}
+        most = {"the link alone": None, **{f"{name}, as measured here": 1e6 * rate for name, rate in best.items()}}
+        for codec in json.loads(codec_path.read_text(encoding="utf-8")):
+            some = pull.links(codec, gbits, delay_ms, most)
+            linked += [{"shape": codec["shape"], "tokens": codec["tokens"], "ratio": codec["ratio"]} | s for s in some]
+            title = (
+                f"{codec['shape']}, {codec['tokens']} tokens at {codec['ratio']:g}x, {delay_ms:g} ms away: ms, by sums"
+            )
+            console.print(pull_report.link_table(some, title))
+    if json_path is not None:
+        json_path.write_text(json.dumps(pull.as_json(rows, linked), indent=1) + "\n", encoding="utf-8")
 
 
 @command.command("table")

@@ -24,6 +24,7 @@ COMMANDS = {
     "doctor": ("doctor", "Say what this machine and environment can run, and what is missing."),
     "eval": ("evaluate", "Measure quality and size against the uncompressed model and peers."),
     "inspect": ("inspect", "Show what a calibration artifact or a coded block says of itself."),
+    "watch": ("watch", "Show who serves a namespace, what they hold and how they do, from NATS."),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,6 +126,20 @@ def claimed_position(data: bytes | memoryview) -> int:
     """The position of a record's first token as its header claims it, nothing checked; -1, where no block starts, for
     what is too short to say."""
     return int(_FIRST.unpack_from(data)[0]) if len(data) >= _FIRST.size else -1
+
+
+def section_ends(data: bytes | memoryview) -> list[int]:
+    """Where the header ends, then where each section does, as a record that was parsed before says it; nothing else is
+    looked at. Raises RecordFormatError if that cannot be."""
+    view = memoryview(data)
+    groups, header_size = (view[29], int.from_bytes(view[30:32], "little")) if len(view) >= FIXED_BYTES else (0, 0)
+    if not 1 <= groups <= MAX_GROUPS or not header_bytes(groups) <= header_size <= len(view):
+        raise RecordFormatError(f"{groups} layer groups and a header of {header_size} of {len(view)} bytes")
+    sizes = struct.unpack_from("<" + "I4x" * groups, view, FIXED_BYTES)
+    ends = [header_size, *(header_size + end for end in accumulate(sizes))]
+    if ends[-1] != len(view):
+        raise RecordFormatError(f"header and sections make {ends[-1]} bytes; the record has {len(view)}")
+    return ends
 
 
 def parse_record(data: bytes | memoryview) -> Record:

@@ -158,6 +158,18 @@ class DiskStore(Store):
         with q.lock:
             return not self._closed and (key in q.pending or key in q.shelf.slots)
 
+    def held(self) -> list[tuple[bytes, int]]:
+        """(key, bytes) of all records that are on the disk."""
+        with self._queue.lock:
+            shelf = self._queue.shelf
+            return [(key, shelf.nbytes[slot]) for key, slot in shelf.slots.items()]
+
+    def size_of(self, key: bytes) -> int | None:
+        """Bytes of a record that is on the disk; None if it is not."""
+        with self._queue.lock:
+            slot = self._queue.shelf.slots.get(key, NONE)
+            return None if slot == NONE or self._closed else self._queue.shelf.nbytes[slot]
+
     def durable(self, key: bytes) -> bool:
         """Whether it is on the disk, not only in the queue."""
         with self._queue.lock:

@@ -185,6 +185,18 @@ class HostStore(Store):
             offset, size = self._offset(slot), shelf.nbytes[slot]
         return Lease(self._view[offset : offset + size], offset, slot, self._unpin, self._waste)
 
+    def held(self) -> list[tuple[bytes, int]]:
+        """(key, bytes) of all records but the spare ones."""
+        with self._lock:
+            shelf = self._shelf
+            return [(key, shelf.nbytes[slot]) for key, slot in shelf.slots.items() if not shelf.spare[slot]]
+
+    def size_of(self, key: bytes) -> int | None:
+        """A record's bytes; None if it is not here."""
+        with self._lock:
+            slot = self._shelf.slots.get(key, NONE)
+            return None if slot == NONE or self._closed else self._shelf.nbytes[slot]
+
     def contains(self, key: bytes) -> bool:
         with self._lock:
             return not self._closed and key in self._shelf.slots

@@ -101,6 +101,20 @@ class TieredStore(Store):
             return "host"
         return "disk" if self.disk is not None and self.disk.contains(key) else None
 
+    def held(self) -> list[tuple[bytes, str, int]]:
+        """(key, best tier, bytes) of all records that are whole in a tier."""
+        out = [] if self.disk is None else [(key, "disk", size) for key, size in self.disk.held()]
+        if self.host is not None:
+            above = self.host.held()
+            names = {key for key, _ in above}
+            out = [entry for entry in out if entry[0] not in names] + [(key, "host", size) for key, size in above]
+        return out
+
+    def size_of(self, key: bytes, tier: str) -> int | None:
+        """Bytes of a record that is whole in that tier; None if it is not."""
+        where = self.host if tier == "host" else self.disk
+        return None if where is None else where.size_of(key)
+
     def contains(self, key: bytes) -> bool:
         return self.tier_of(key) is not None
 

@@ -18,6 +18,7 @@ from dynamo_kvtc.store.host import HostStore, make_arena
 from dynamo_kvtc.store.placed import Place, PlacedStore
 from dynamo_kvtc.store.tiered import TieredStore
 from dynamo_kvtc.tier.admission import Admission
+from dynamo_kvtc.tier.announce import Announcer
 from dynamo_kvtc.tier.cpu import CpuTranscoder
 from dynamo_kvtc.tier.cuda import CudaTranscoder
 from dynamo_kvtc.tier.estimate import Estimate
@@ -37,11 +38,11 @@ def open_tier(
     options: TierOptions, engine: EngineCache, pages: Pages | PagedCache, artifact: Artifact | None = None,
     metrics: TierMetrics | None = None, on_moved: Callable[[bytes, str], None] | None = None,
     on_removed: Callable[[bytes], None] | None = None, limits: PagedLimits | None = None, place: Place | None = None,
-    queue_bytes: int | None = None,
+    queue_bytes: int | None = None, announcer: Announcer | None = None,
 ) -> Tier:  # fmt: skip
     """pages: the door to a CPU's pages, or the views of a GPU's. on_moved, on_removed: as ``TieredStore`` tells them.
     place: for an engine that decides itself what lies on host and disk (``PlacedStore``); its disk begins empty.
-    queue_bytes: of raw blocks that wait, instead of the options'.
+    queue_bytes: of raw blocks that wait, instead of the options'. announcer: tells other workers, once it is started.
 
     Raises ConfigError, ArtifactError or MissingDependencyError: options that cannot be used together, budgets larger
     than memory or disk, a folder that cannot be written, an artifact of another model or cache.
@@ -74,6 +75,8 @@ def open_tier(
         raise ConfigError(
             f"the pages have blocks of {transcoder.block_tokens} tokens, the engine {engine.block_tokens}"
         )
+    announcer = announcer or Announcer()
+    on_moved, on_removed = announcer.also_moved(on_moved), announcer.also_removed(on_removed)
     disk = None
     if options.disk_bytes:
         disk = DiskStore(
@@ -91,7 +94,7 @@ def open_tier(
         KeySpace(engine, artifact, point, policy), store, transcoder, metrics,
         Admission(options.min_tokens, options.store_on_use), Estimate(options.prefill_tokens_per_second),
         options.queue_bytes if queue_bytes is None else queue_bytes,
-        Overlay(host, exact_keys, metrics, window, raw + _HEADER_BYTES),
+        Overlay(host, exact_keys, metrics, window, raw + _HEADER_BYTES), announcer,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from dynamo_kvtc.store import Lease
 from dynamo_kvtc.tier.transcode import Block, Promise, Put
 
 _ALIGNMENT = 16
-_WARM_BLOCKS = 64
+_WARM_BLOCKS = 32
 _PROVERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 """Threads that check records' checksums on the host."""
 SCRATCH_BYTES = 96 << 20
@@ -184,11 +184,15 @@ class CudaTranscoder:
     def warm(self) -> None:
         """Compiles what is needed, so that no request waits for it: some pages are coded, decoded, and put back."""
         cache = self._codec.cache
-        most = min(_WARM_BLOCKS, cache.slots // self.block_tokens)
+        # Whatever lies there may have to be kept exact: twice the raw bytes hold it.
+        most = min(_WARM_BLOCKS, cache.slots // self.block_tokens, len(self._out) // (2 * self.raw_block_bytes))
         kept = [view[:most].clone() for views in (cache.k, cache.v) for view in views]
+        for views in (cache.k, cache.v):
+            for view in views:
+                view[:most] = 0
         if self._cuda:
             torch.cuda.current_stream(self._device).synchronize()
-        for n in {1, most}:
+        for n in sorted({1, most} - {0}):
             blocks = self._blocks([Block(b"", i, self.block_tokens * i) for i in range(n)])
             encoded = self._codec.encode(blocks, self._out, 0)
             encoded.finish()

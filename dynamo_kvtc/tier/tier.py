@@ -20,6 +20,7 @@ from typing import Any
 
 from dynamo_kvtc.store.tiered import TieredStore
 from dynamo_kvtc.tier.admission import Admission
+from dynamo_kvtc.tier.announce import Announcer
 from dynamo_kvtc.tier.estimate import Estimate
 from dynamo_kvtc.tier.identity import KeySpace
 from dynamo_kvtc.tier.lane import Lane
@@ -43,8 +44,10 @@ class Tier:
     def __init__(
         self, keys: KeySpace, store: TieredStore, transcoder: Transcoder, metrics: TierMetrics,
         admission: Admission | None = None, estimate: Estimate | None = None, queue_bytes: int = 512 << 20,
-        overlay: Overlay | None = None,
+        overlay: Overlay | None = None, announcer: Announcer | None = None,
     ) -> None:  # fmt: skip
+        self.announcer = announcer or Announcer()
+        self.announcer.watch(store, metrics)
         self.keys, self.transcoder, self.metrics = keys, transcoder, metrics
         self._store = store
         self._admission, self._estimate = admission or Admission(), estimate or Estimate(None)
@@ -216,6 +219,7 @@ class Tier:
         self._overlay.forget(keys)
         for key in keys:
             self._store.remove(key)
+            self.announcer.removed(key)
 
     def moved_on(self, keys: Iterable[bytes]) -> None:
         """These blocks are no tail any more: their sequence was stored past the window. Coded records stay."""
@@ -238,6 +242,7 @@ class Tier:
     def clear(self) -> None:
         """Forgets all records, in memory and on disk."""
         self._store.clear()
+        self.announcer.cleared()
 
     def budgets(self) -> dict[str, int]:
         """Bytes of the tiers that there are, "host" and "disk"."""
