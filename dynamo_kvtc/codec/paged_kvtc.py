@@ -105,7 +105,7 @@ class KvtcEncoder(Encoder):
         )  # fmt: skip
 
 
-MANY_LANES = 1 << 14
+MANY_LANES = 1 << 15
 """rANS lanes that keep a GPU busy."""
 
 
