@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -192,8 +193,9 @@ class CudaTranscoder:
                 view[:most] = 0
         if self._cuda:
             torch.cuda.current_stream(self._device).synchronize()
-        for n in sorted({1, most} - {0}):
-            blocks = self._blocks([Block(b"", i, self.block_tokens * i) for i in range(n)])
+        # With sinks and without: how many tokens are coded, and whether by 16, decides what is compiled.
+        for n, first in product(sorted({1, most} - {0}), (0, 1)):
+            blocks = self._blocks([Block(b"", i, self.block_tokens * (first + i)) for i in range(n)])
             encoded = self._codec.encode(blocks, self._out, 0)
             encoded.finish()
             self._codec.decode(self._out, encoded.offsets, encoded.sizes, blocks).finish()
