@@ -13,8 +13,10 @@ WORKERS ?= 2
 # Arguments for `kvtc demo`, pytest.
 ARGS ?=
 
+WITH_ENGINES := OMP_NUM_THREADS=1 KVTC_ENGINES=$(abspath $(KVTC_ENGINES))
 PYTEST := $(VENV)/bin/python -m pytest -q
-SPREAD := -n $(WORKERS) --dist loadfile
+# In their own order: what takes longest, with real engines, comes early.
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 STAMP := $(VENV)/.made
 
@@ -23,9 +25,10 @@ STAMP := $(VENV)/.made
 demo: $(STAMP)
 	$(VENV)/bin/kvtc demo --out $(OUT) $(ARGS)
 
-# One thread a process: the tests' tensors are small, and results do not depend on it.
+# One thread a process: the tests' tensors are small, and results do not depend on it. Engines that are made are tested,
+# too, in a short form.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PYTEST) $(SPREAD) $(ARGS)
+	$(WITH_ENGINES) $(PYTEST) $(SPREAD) $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -35,12 +38,13 @@ lint: $(STAMP)
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.fuzz_records --records 20000 --artifacts 500
 
-# KVTC_SOAK_MINUTES (30) of conversations over one tier; store and tier, each killed a hundred times while they write;
-# then every test on data it has not seen.
+# KVTC_SOAK_MINUTES (30) of conversations over one tier; store and tier, each killed a hundred times while they write,
+# and vLLM, where it is made, 20 times; then every test on data it has not seen.
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.soak_tier
 	OMP_NUM_THREADS=1 KVTC_KILLS=100 $(PYTEST) tests/store/test_crash.py tests/tier/test_killed.py $(ARGS)
-	KVTC_TEST_SEED=fresh OMP_NUM_THREADS=1 $(PYTEST) $(SPREAD) $(ARGS)
+	$(WITH_ENGINES) KVTC_TEST_SEED=fresh KVTC_KILLS=20 $(PYTEST) tests/adapters/vllm/test_killed.py $(ARGS)
+	$(WITH_ENGINES) KVTC_TEST_SEED=fresh $(PYTEST) $(SPREAD) $(ARGS)
 
 # kvbm: three leaders, 20 seconds, 0.6 GB. vllm: 4 minutes on 2 cores, 2.4 GB. dynamo: the same
 # with Dynamo and a NATS server, 2.8 GB.
@@ -48,7 +52,7 @@ engines: $(STAMP)
 	tests/engines/install $(KVTC_ENGINES) $(VENV)/bin/python $(ENGINE_PARTS)
 
 test-engines: engines
-	OMP_NUM_THREADS=1 KVTC_ENGINES=$(abspath $(KVTC_ENGINES)) $(PYTEST) -m engine $(ARGS)
+	$(WITH_ENGINES) $(PYTEST) -m engine $(ARGS)
 
 venv: $(STAMP)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 PREFIX = "vllm:"
 """Of metrics' names in vLLM's registry: what it looks for."""
+
+
+SWITCH_SECONDS = 2e-4
 
 
 def model_of(model: str, dtype: str, weights: str, artifact: Artifact) -> tuple[ModelIdentity, KVShape, RopeSpec]:
@@ -46,6 +50,12 @@ def model_of(model: str, dtype: str, weights: str, artifact: Artifact) -> tuple[
         architecture=architectures[0] if architectures else artifact.manifest.model.architecture,
     )
     return identity, shape, rope_of(config, artifact.manifest.rope.style)
+
+
+def share_the_interpreter() -> None:
+    """The tier's threads run beside the engine's in one interpreter, and whoever has let go of it waits for up to the
+    switch interval (5 ms) to have it back: an engine lets go many times a step, at each of PyTorch's calls."""
+    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
 
 
 def layer_index(name: str) -> int:

@@ -1,4 +1,5 @@
-"""nvCOMP's coders on the bytes that profile paper codes, and on exact tokens: for choosing a coder, not for records.
+"""nvCOMP's coders on the bytes that profile paper codes, and on exact tokens: `kvtc bench entropy`, for choosing a
+coder, not for records.
 
 Only DEFLATE, nvCOMP's or zlib's, makes records of profile paper: what GDeflate and ANS write nothing but nvCOMP reads.
 Every coder must give its bytes back before it is timed.
@@ -8,11 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from dynamo_kvtc.bench.codec import MAX_RANK
+from dynamo_kvtc.bench.shapes import shape_of
+from dynamo_kvtc.bench.synthetic import Synthetic, rows_of
+from dynamo_kvtc.codec.paper import PaperProfile
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.ops.deflate.host import HostDecoder, HostEncoder
 from dynamo_kvtc.ops.deflate.nvcomp import BatchDecoder, BatchEncoder, Codec
@@ -27,6 +32,59 @@ class CoderResult:
     ratio: float
     encode_gb_s: float
     decode_gb_s: float
+
+
+@dataclass(frozen=True)
+class EntropyCase:
+    """coders: names in CODERS; shape: of a synthetic cache, of which ``tokens`` are coded by profile paper at ``ratio``
+    (before the coder), in ``groups`` layer groups and blocks of ``block_tokens``; device: where nvCOMP's coders run."""
+
+    coders: tuple[str, ...]
+    shape: str = "smollm2-135m"
+    ratio: float = 16.0
+    tokens: int = 1024
+    groups: int = 10
+    device: str = "cpu"
+    block_tokens: int = 16
+
+
+def run(case: EntropyCase, tell: Callable[[str], None]) -> dict[str, dict[str, float]]:
+    """What each coder does to the first layer group's payloads; on a GPU also "exact tokens", ANS on K and V as they
+    are. tell: takes a line before each. Raises ConfigError for a coder, shape or size that cannot be, CalibrationError
+    for a ratio, MissingDependencyError for nvCOMP.
+    """
+    if unknown := sorted(set(case.coders) - set(CODERS)):
+        raise ConfigError(f"coders {', '.join(unknown)} are unknown; known: {', '.join(CODERS)}")
+    if case.tokens < case.block_tokens:
+        raise ConfigError(f"tokens is {case.tokens}; it must be at least a block, {case.block_tokens}")
+    tell(f"a synthetic cache of {case.tokens} tokens of {case.shape}")
+    chunks, exact = payload_bytes(case)
+    out = {}
+    for name in case.coders:
+        tell(f"{name} on {len(chunks)} blocks of {chunks.shape[1]} bytes")
+        out[name] = time_coder(name, chunks)
+    if exact.device.type == "cuda":
+        tell("ANS on exact tokens")
+        out["exact tokens"] = exact_token_gain(exact, case.block_tokens)
+    return {name: asdict(result) for name, result in out.items()}
+
+
+def payload_bytes(case: EntropyCase) -> tuple[Tensor, Tensor]:
+    """The first layer group's payloads before DEFLATE, uint8 [blocks, bytes], and its tokens as the cache has them,
+    [T, channels]."""
+    device = torch.device(case.device)
+    shape = shape_of(case.shape)
+    made = Synthetic(shape, (case.ratio,), case.groups, MAX_RANK["paper"], case.block_tokens, device, profile="paper")
+    tokens = case.tokens // case.block_tokens * case.block_tokens
+    cache, slots = made.cache(tokens)
+    # The profile's input has no RoPE: all tokens at position 0.
+    made.fill(cache, slots, torch.zeros(tokens, dtype=torch.int64))
+    start, end = made.artifact.manifest.groups[0]
+    k, v = (x[start:end].to(device) for x in rows_of(cache, slots))
+    symbols, _ = PaperProfile(made.artifact, 0, device).quantise(0, k.float(), v.float())
+    blocks = symbols.view(-1, case.block_tokens, symbols.shape[1]).transpose(1, 2)
+    exact = torch.cat([k, v]).permute(2, 0, 1, 3).reshape(tokens, -1)
+    return blocks.reshape(len(blocks), -1).contiguous(), exact
 
 
 def time_coder(deflate: str, chunks: Tensor, effort: int = 0, repeats: int = 5) -> CoderResult:

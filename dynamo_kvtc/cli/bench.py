@@ -90,6 +90,30 @@ def codec_command(
         plot(rows, plot_path)
 
 
+@command.command("entropy")
+@click.option("--coder", "coders", multiple=True, metavar="NAME",
+              help="zlib, deflate, gdeflate or ans; may be repeated.  [default: all on a GPU, else zlib]")  # fmt: skip
+@click.option("--shape", default="smollm2-135m", show_default=True, help=f"One of {', '.join(SHAPES)}.")
+@click.option("--ratio", default=16.0, show_default=True, help="Of coded tokens, before the coder.")
+@click.option("--tokens", default=1024, show_default=True, help="Coded tokens.")
+@click.option("--groups", default=10, show_default=True, help="Layer groups; the first one's bytes are coded.")
+@click.option("--device", help="cpu, cuda, cuda:N.  [default: cuda if there is one]")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures as JSON.")
+def entropy_command(
+    coders: tuple[str, ...], shape: str, ratio: float, tokens: int, groups: int, device: str | None,
+    json_path: Path | None,
+) -> None:  # fmt: skip
+    """Coders that profile paper's bytes could go through, and what one would save on exact tokens (on a GPU)."""
+    from dynamo_kvtc.bench.entropy import CODERS, EntropyCase, run
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    given = coders or (tuple(CODERS) if where.startswith("cuda") else ("zlib",))
+    result = run(EntropyCase(given, shape, ratio, tokens, groups, where), lambda told: click.echo(told, err=True))
+    Console().print_json(data=result)
+    if json_path is not None:
+        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 @command.command("events")
 @click.option("--server", metavar="URL", help="nats://host:4222.  [default: a nats-server started for this]")
 @click.option("--events", default=100_000, show_default=True, type=click.IntRange(1, 5_000_000))

@@ -180,6 +180,16 @@ def read_headers(
     return batch
 
 
+def prove_sections(
+    arena: NDArray[np.uint8], batch: HeaderBatch, good: NDArray[np.bool_], start: int, step: int
+) -> None:
+    """Of records start, start + step, ... those that are good stay so only if their sections' checksums are right.
+
+    Lets go of the interpreter, so several threads may have a share each; one does 1 to 3 GB/s.
+    """
+    header_scan.prove(arena, batch.sections, batch.crc, _crc_tables(), good, start, step)
+
+
 @lru_cache(maxsize=64)
 def _template(identity: Identity) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """A header's first bytes, and which of them are the same in all usual records."""
@@ -198,3 +208,12 @@ def _template(identity: Identity) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]
 def _crc_table() -> NDArray[np.uint32]:
     """CRC-32's table: what a byte makes of a register of zeros."""
     return np.array([crc32(bytes([0xFF ^ value])) ^ 0xFF000000 for value in range(256)], dtype=np.uint32)
+
+
+@lru_cache(maxsize=1)
+def _crc_tables() -> NDArray[np.uint32]:
+    """``_crc_table`` with 0 to 7 bytes of zeros behind the byte, uint32 [8, 256]."""
+    tables = [_crc_table()]
+    for _ in range(7):
+        tables.append((tables[-1] >> 8) ^ tables[0][tables[-1] & 0xFF])
+    return np.stack(tables)

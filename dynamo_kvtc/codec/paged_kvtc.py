@@ -139,8 +139,8 @@ class KvtcDecoder(Decoder):
         return {"payload": coded.where + coded.exact, "room": room}, coded.where
 
     def _receive(self, g: int, turn: int, sent: Sent, together: bool) -> Tensor:
-        """Levels and where they go of layer group g, or of more at once: more lanes side by side, and fewer launches. If
-        one group's lanes are many, the first is not kept waiting for the others'."""
+        """Levels and where they go of layer group g, or of more at once: more lanes side by side, and fewer launches.
+        Where one group's lanes are many, the first group is not kept waiting for the others."""
         codec, ring, split, n, status = self._codec, self._ring[turn], self._lanes, sent.coded, sent.status
         apart = n * split >= MANY_LANES
         if together and g > apart:

@@ -67,6 +67,8 @@ def open_tier(
     if isinstance(pages, PagedCache):
         codec = PagedCodec(artifact, point, pages, policy, limits)
         transcoder = CudaTranscoder(codec, cpu_codec, None if arena is None else pinned(arena, pages.device))
+        if pages.device.type == "cuda":
+            transcoder.warm()
     else:
         transcoder = CpuTranscoder(cpu_codec, pages)
     if transcoder.block_tokens != engine.block_tokens:

@@ -7,14 +7,19 @@ the engine had launched by a fence is waited for on a stream of this side's own,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dynamo_kvtc.codec.headers import SOUND, prove_sections, read_headers
 from dynamo_kvtc.codec.paged import Blocks, PagedCodec
 from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.codec.policy import ExactCounts
@@ -24,6 +29,9 @@ from dynamo_kvtc.store import Lease
 from dynamo_kvtc.tier.transcode import Block, GroupDecoder, Promise, Put
 
 _ALIGNMENT = 16
+_WARM_BLOCKS = 32
+_PROVERS = max(1, min(8, (os.cpu_count() or 1) // 2))
+"""Threads that check records' checksums on the host."""
 SCRATCH_BYTES = 96 << 20
 """Pinned memory that records pass through, each way: more than the codec's largest chunk of them."""
 
@@ -46,6 +54,7 @@ class CudaTranscoder:
         self._device, self._cuda = device, device.type == "cuda"
         self._out = torch.empty(scratch_bytes, dtype=torch.uint8, pin_memory=self._cuda)
         self._in = torch.empty(scratch_bytes, dtype=torch.uint8, pin_memory=self._cuda)
+        self._provers = ThreadPoolExecutor(_PROVERS, thread_name_prefix="kvtc-prove")
         # One each way: what the codec's two halves share, they only read.
         self._streams = [torch.cuda.Stream(device) for _ in range(2)] if self._cuda else [None, None]
 
@@ -96,7 +105,34 @@ class CudaTranscoder:
                 Promise(key, tier, len(lease), (lease, claimed_position(lease.record)), lease.release)
                 for key, lease, tier in zip(keys, leases, tiers, strict=True)
             ]
-        return [self._promise(key, lease, tier) for key, lease, tier in zip(keys, leases, tiers, strict=True)]
+        first = self._proven(leases)
+        return [
+            self._promise(key, lease, tier)
+            if at is None
+            else Promise(key, tier, len(lease), (lease, at), lease.release)
+            for key, lease, tier, at in zip(keys, leases, tiers, first, strict=True)
+        ]
+
+    def _proven(self, leases: Sequence[Lease]) -> list[int | None]:
+        """Where sound records in the arena start, -1 for one with gaps; None for what must be looked at alone."""
+        out: list[int | None] = [None] * len(leases)
+        here = [i for i, lease in enumerate(leases) if lease.offset is not None and self._arena is not None]
+        if not here:
+            return out
+        assert self._arena is not None
+        arena, n = self._arena.numpy(), self.block_tokens
+        offsets = np.array([leases[i].offset for i in here], dtype=np.int64)
+        sizes = np.array([len(leases[i]) for i in here], dtype=np.int64)
+        batch = read_headers(arena, offsets, sizes, np.full(len(here), n, dtype=np.int32), self._codec.identity)
+        good = batch.status == SOUND
+
+        prove = partial(prove_sections, arena, batch, good, step=_PROVERS)
+        list(self._provers.map(prove, range(min(_PROVERS, len(here)))))
+        positions = batch.positions.reshape(-1, n)
+        first = np.where(positions[:, -1] - positions[:, 0] == n - 1, positions[:, 0], -1)
+        for b in np.flatnonzero(good):
+            out[here[b]] = int(first[b])
+        return out
 
     def _promise(self, key: bytes, lease: Lease, tier: str) -> Promise | Exception:
         try:
@@ -147,7 +183,30 @@ class CudaTranscoder:
             self._decode(self._in, offsets, part, blocks, promises, fence, out)
         return out
 
+    def warm(self) -> None:
+        """Compiles what is needed, so that no request waits for it: some pages are coded, decoded, and put back."""
+        cache = self._codec.cache
+        # Whatever lies there may have to be kept exact: twice the raw bytes hold it.
+        most = min(_WARM_BLOCKS, cache.slots // self.block_tokens, len(self._out) // (2 * self.raw_block_bytes))
+        kept = [view[:most].clone() for views in (cache.k, cache.v) for view in views]
+        for views in (cache.k, cache.v):
+            for view in views:
+                view[:most] = 0
+        if self._cuda:
+            torch.cuda.current_stream(self._device).synchronize()
+        # With sinks and without: how many tokens are coded, and whether by 16, decides what is compiled.
+        for n, first in product(sorted({1, most} - {0}), (0, 1)):
+            blocks = self._blocks([Block(b"", i, self.block_tokens * (first + i)) for i in range(n)])
+            encoded = self._codec.encode(blocks, self._out, 0)
+            encoded.finish()
+            self._codec.decode(self._out, encoded.offsets, encoded.sizes, blocks).finish()
+        for view, before in zip((view for views in (cache.k, cache.v) for view in views), kept, strict=True):
+            view[:most] = before
+        if self._cuda:
+            torch.cuda.current_stream(self._device).synchronize()
+
     def close(self) -> None:
+        self._provers.shutdown()
         if self._cuda:
             for stream in self._streams:
                 assert stream is not None

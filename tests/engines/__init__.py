@@ -14,9 +14,11 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,25 @@ def run_leader(version: str, *arguments: str, timeout: float = 120) -> dict[str,
     return _run(command, version, timeout)
 
 
-def run_vllm(*arguments: str, timeout: float = 600) -> dict[str, Any]:
-    """A scenario of tests/adapters/kvbm/vllm_driver.py in the environment of vLLM; its result."""
-    python = engines() / "vllm" / "bin" / "python"
-    return _run([str(python), "-m", "tests.adapters.kvbm.vllm_driver", *arguments], VLLM_KVBM, timeout)
+def play(module: str, cases: Sequence[Sequence[Any]], timeout: float = 900, mount: Path | None = None) -> list[Any]:
+    """Scenarios of a driver in tests/adapters, one after the other in one process of vLLM's environment; their results.
+
+    cases: [scenario, model, work, artifact, ...] each. mount: where that process sees a file system of 112 MiB.
+    """
+    given = json.dumps([[str(x) if isinstance(x, Path) else x for x in case] for case in cases])
+    command = [str(engines() / "vllm" / "bin" / "python"), "-m", module]
+    if mount is not None:
+        command = [*MOUNTING, f'mount -t tmpfs -o size=112m none "{mount}" && exec "$@"', "sh", *command]
+    return _run(command, VLLM_KVBM, timeout, len(cases), given)
+
+
+MOUNTING = ["unshare", "-Urm", "sh", "-c"]
+
+
+def can_mount() -> bool:
+    """Whether a file system can be mounted here, for one process alone."""
+    tools = [shutil.which(name) for name in ("unshare", "mount")]
+    return None not in tools and not subprocess.run([*MOUNTING, "true"], check=False, capture_output=True).returncode
 
 
 def _free_ports(count: int) -> list[int]:
@@ -65,9 +82,11 @@ def _free_ports(count: int) -> list[int]:
     return found
 
 
-def _run(command: list[str], version: str, timeout: float) -> dict[str, Any]:
-    publish, answer, metrics = _free_ports(3)
-    environment = {
+def environment(version: str, leaders: int) -> dict[str, str]:
+    """Of a program with engines. leaders: of KVBM, one after the other; each has ports of its own."""
+    ports = _free_ports(3 * leaders)
+    publish, answer, metrics = ports[:3]
+    made = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("DYN_", "VLLM_"))},
         "PYTHONPATH": os.pathsep.join([str(engines() / f"kvbm-{version}"), str(ROOT)]),
         "LD_LIBRARY_PATH": os.pathsep.join([str(engines() / "stub"), os.environ.get("LD_LIBRARY_PATH", "")]),
@@ -75,11 +94,20 @@ def _run(command: list[str], version: str, timeout: float) -> dict[str, Any]:
         "DYN_KVBM_LEADER_ZMQ_PUB_PORT": str(publish),
         "DYN_KVBM_LEADER_ZMQ_ACK_PORT": str(answer),
         "DYN_KVBM_METRICS_PORT": str(metrics),
+        "KVTC_TEST_PORTS": " ".join(map(str, ports)),
     }
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    made.pop("TRITON_INTERPRET", None)
+    return made
+
+
+def _run(command: list[str], version: str, timeout: float, leaders: int = 1, given: str = "") -> Any:
+    """The JSON on the program's last line. given: its input."""
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(version, leaders), input=given, capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
     lines = done.stdout.strip().splitlines()
-    if done.returncode != 0 or not lines or not lines[-1].startswith("{"):
+    if done.returncode != 0 or not lines or lines[-1][0] not in "[{":
         raise AssertionError(
             f"{command[1:]} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
         )

@@ -18,12 +18,27 @@ def int8(generator, *shape):
     return torch.from_numpy(generator.integers(-127, 128, shape)).to(torch.int8)
 
 
+@pytest.fixture(params=["small", "large"])
+def more_tokens(request, kernel_device, monkeypatch):
+    """Tokens beyond the case's; "large": more than one tile of the kernels that large problems get, which only a GPU
+    has (on Hopper they are ``hopper.py``'s)."""
+    if request.param == "small":
+        return 0
+    if kernel_device == "cpu":
+        pytest.skip("large tiles are a GPU's")
+    monkeypatch.setattr("dynamo_kvtc.ops.project.triton._BUSY", -1.0)
+    every = {(dim, dtype) for dim in (64, 128) for dtype in (torch.bfloat16, torch.float16)}
+    monkeypatch.setattr("dynamo_kvtc.ops.project.hopper.PROVEN", every)
+    return 300
+
+
 @pytest.mark.parametrize(
     ("tokens", "channels", "wide", "narrow", "inputs"),
     [(1, 128, 16, 33, 5), (17, 130, 7, 0, 0), (33, 256, 0, 140, 130), (16, 65, 20, 129, 1)],
 )
-def test_analysis_is_exact(kernel_device, tokens, channels, wide, narrow, inputs):
+def test_analysis_is_exact(kernel_device, more_tokens, tokens, channels, wide, narrow, inputs):
     generator = np.random.default_rng(case_seed())
+    tokens += more_tokens
     wide_inputs = torch.from_numpy(np.sort(generator.permutation(channels)[:inputs]))
     fixed = torch.from_numpy(generator.integers(-127, 128, (tokens, channels)))
     fixed[:, wide_inputs] = torch.from_numpy(generator.integers(-2000, 2001, (tokens, inputs)))
@@ -57,9 +72,10 @@ def test_analysis_is_exact(kernel_device, tokens, channels, wide, narrow, inputs
     ],
 )  # fmt: skip
 def test_synthesis_scatters_what_the_reference_computes(
-    kernel_device, dtype, tokens, layers, heads, dim, pairs, style, wide, narrow
+    kernel_device, more_tokens, dtype, tokens, layers, heads, dim, pairs, style, wide, narrow
 ):
     generator = np.random.default_rng(case_seed())
+    tokens += more_tokens
     channels = 2 * layers * heads * dim
     rope = RopeSpec(tuple(1e4 ** (-i / pairs) for i in range(pairs)), 1.25, style)
     b_wide = torch.from_numpy(generator.integers(-9000, 9001, (channels, wide))).to(torch.int16)
@@ -76,14 +92,15 @@ def test_synthesis_scatters_what_the_reference_computes(
     positions = torch.from_numpy(generator.integers(0, 5000, tokens))
     angles = positions[:, None].double() * torch.tensor(rope.inv_freq, dtype=torch.float64)
 
-    blocks, block_tokens = 6, 4
+    blocks, block_tokens = 6 + more_tokens // 4, 4
     caches = [
         [torch.full((blocks, block_tokens, heads, dim), 7.0, dtype=dtype, device=kernel_device) for _ in range(2)]
         for _ in range(layers + 2)
     ]
     addresses = torch.tensor([[k.data_ptr(), v.data_ptr()] for k, v in caches], device=kernel_device)
     strides = caches[0][0].stride()
-    pages = op.Pages(addresses, dtype, heads, dim, block_tokens, strides[0], strides[2], strides[1])
+    aligned = 8 if dim in (64, 128) else 1
+    pages = op.Pages(addresses, dtype, heads, dim, block_tokens, strides[0], strides[2], strides[1], aligned)
     slots = torch.from_numpy(generator.permutation(blocks * block_tokens)[:tokens])
     if tokens > 1:
         slots[tokens // 2] = -1

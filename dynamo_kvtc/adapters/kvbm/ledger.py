@@ -135,6 +135,11 @@ class Ledger:
             if operation.load:
                 self._waiting_blocks[operation.request_id] = step.loading.get(operation.request_id, ())
 
+    @property
+    def loading(self) -> bool:
+        """Whether a request waits for a load."""
+        return bool(self._waiting_blocks)
+
     def release(self, load: bool, fence: Any, now: float) -> None:
         """The engine has launched what the bound loads (or stores) must be ordered after."""
         for op in list(self._operations.values()):

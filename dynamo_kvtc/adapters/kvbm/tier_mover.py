@@ -20,7 +20,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 
-from dynamo_kvtc.adapters.engine_model import model_of
+from dynamo_kvtc.adapters.engine_model import model_of, share_the_interpreter
 from dynamo_kvtc.adapters.kvbm._compat import endpoints
 from dynamo_kvtc.adapters.kvbm.budget import Budget, block_bytes, disk_root, read_budget
 from dynamo_kvtc.adapters.kvbm.mover import Done, MoverContext, MoveRequest
@@ -221,6 +221,7 @@ def open_mover(context: MoverContext) -> TierMover:
     )  # fmt: skip
     engine.check(artifact)
     pages = engine_pages(context, artifact.shape)
+    share_the_interpreter()
     return code_blocks(options, engine, pages, artifact, read_budget(context.world_size), endpoints().publish)
 
 

@@ -96,8 +96,7 @@ class Manager(OffloadingManager):
         assert shared.tier is not None
         self._shared, self._tier, self._block_tokens = shared, shared.tier, block_tokens
         self._lock = threading.Condition()
-        self._on_cpu = self._tier.transcoder.staged_is_free
-        self._clock = time.thread_time if self._on_cpu else time.monotonic
+        self._clock = time.thread_time if self._tier.transcoder.staged_is_free else time.monotonic
         self._step_ended = 0.0
         self._requests: dict[str, _Request] = {}
         self._waiting = 0
@@ -149,11 +148,10 @@ class Manager(OffloadingManager):
             if waiting:
                 self._lock.wait_for(lambda: self._waiting < waiting, EMPTY_STEP_SECONDS)
                 return
-        if self._on_cpu:
-            with self._shared.loads_changed:
-                loads = self._shared.loads
-                if loads:
-                    self._shared.loads_changed.wait_for(lambda: self._shared.loads < loads, EMPTY_STEP_SECONDS)
+        with self._shared.loads_changed:
+            loads = self._shared.loads
+            if loads:
+                self._shared.loads_changed.wait_for(lambda: self._shared.loads < loads, EMPTY_STEP_SECONDS)
 
     def has_pending_work(self) -> bool:
         with self._lock:

@@ -14,7 +14,7 @@ from vllm.v1.kv_offload.base import (
     OffloadingWorker,
 )
 
-from dynamo_kvtc.adapters.engine_model import PREFIX, model_of
+from dynamo_kvtc.adapters.engine_model import PREFIX, model_of, share_the_interpreter
 from dynamo_kvtc.adapters.vllm._compat import KNOWS_SEQUENCES, RELEASE, EngineFacts, facts
 from dynamo_kvtc.adapters.vllm.layout import pages_of
 from dynamo_kvtc.adapters.vllm.manager import Manager
@@ -66,6 +66,7 @@ class KvtcOffloadingSpec(OffloadingSpec):
             shared.tier = open_tier(
                 options, cache, pages, artifact, shared.metrics, shared.on_moved, shared.on_removed
             )  # fmt: skip
+            share_the_interpreter()
             publish(engine.engine_id, shared)
             self._worker = Worker(shared, engine.engine_id)
             log.info(

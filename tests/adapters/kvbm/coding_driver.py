@@ -1,27 +1,33 @@
-"""Real vLLM on the CPU, the real leader and the coding mover, configured as a user does. Runs as a program in the
-engine's environment and prints one JSON object:
-``python -m tests.adapters.kvbm.coding_driver SCENARIO MODEL_DIR WORK_DIR ARTIFACT [MORE]``."""
+"""Real vLLM on the CPU, the real leader and the coding mover, configured as a user does: scenarios for
+engine_driver.play. ``echo '[["exact", MODEL_DIR, WORK_DIR, ARTIFACT], ...]' | python -m
+tests.adapters.kvbm.coding_driver``, in vLLM's environment."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from tests.adapters.engine_driver import BLOCK, local_and_restored, prompt_of, run, same, set_environment
+from tests.adapters import engine_driver
+from tests.adapters.engine_driver import (
+    BLOCK,
+    Case,
+    close_to,
+    cold_and_restored,
+    distributions,
+    forget,
+    kl_of,
+    local_and_restored,
+    run,
+    same,
+)
 from tests.adapters.kvbm import vllm_driver
-from tests.adapters.vllm.driver import close_to, distributions
-
-TOKENS = 6
-"""Of a continuation: each is a request of its own."""
+from tests.adapters.kvbm.vllm_driver import budget
 
 
-def engine(device_blocks: int, coding: dict[str, Any], **extra: Any) -> Any:
-    config = {"artifact": sys.argv[4], "handshake_seconds": 60, "transfer_seconds": 300, **coding}
-    return vllm_driver.engine({}, device_blocks, {"kv_connector_extra_config": config}, **extra)
+def engine(case: Case, device_blocks: int, coding: dict[str, Any], **extra: Any) -> Any:
+    config = {"artifact": case.artifact, "handshake_seconds": 60, "transfer_seconds": 300, **coding}
+    return vllm_driver.engine(case, {}, device_blocks, {"kv_connector_extra_config": config}, **extra)
 
 
 def worker() -> Any:
@@ -44,22 +50,18 @@ def settle() -> None:
     assert tier().flush(60)
 
 
-def evict(llm: Any, fresh: Any) -> None:
-    """Fills the device with prompts of no interest, which KVBM never sees."""
-    run(llm, [prompt_of(next(fresh), 12 * BLOCK) for _ in range(4)], 1, [{"kvtc": "off"}] * 4)
-
-
 def told() -> dict[str, float]:
     tier().refresh()
     return {name: value for name, value in tier().metrics.totals().items() if value}
 
 
-def exact() -> dict[str, Any]:
+def exact(case: Case) -> dict[str, Any]:
     """24 prompts, chunked prefill, batches of 8; the device holds one batch, the host two, the disk all. What a local
     prefix hit gives, then the same from the tier. Then records are damaged in memory and on disk; then a reset."""
     from dynamo_kvtc.codec.record import claimed_position
 
-    llm = engine(60, {"point": "fine", "exact": "all"})
+    budget(case, CPU_CACHE_OVERRIDE_NUM_BLOCKS=64, DISK_CACHE_OVERRIDE_NUM_BLOCKS=256)
+    llm = engine(case, 60, {"point": "fine", "exact": "all"})
     prompts, local, restored = local_and_restored(llm, settle)
     settle()
     result: dict[str, Any] = {
@@ -71,14 +73,11 @@ def exact() -> dict[str, Any]:
         "bytes_per_block": worker().mover.bytes_per_block,
         "ledger": worker().counts(),
     }
-    fresh = iter(range(100, 1000))
-    # The host holds sixteen prompts' blocks: of the sixteen others some are on disk alone.
-    in_memory, others = slice(16, 22), slice(0, 16)
+    # The host has 64 blocks, of the last 16 prompts that were computed.
+    in_memory, on_disk = slice(16, 22), slice(1, 7)
 
     def after(name: str, which: slice = in_memory) -> None:
-        # Once leaves the device a few of the blocks it had computed anew.
-        for _ in range(2):
-            evict(llm, fresh)
+        forget(llm, settle)
         before = told().get("kvtc_loaded_blocks_total['failed']", 0)
         ledger = worker().counts().get("failed_loads", 0)
         got = run(llm, prompts[which])
@@ -112,10 +111,7 @@ def exact() -> dict[str, Any]:
     result["flipped"] = flipped
     after("damaged")
     after("known_to_be_damaged")
-    after("damaged_on_disk", others)
-    for _ in range(20):
-        llm.llm_engine.step()
-        time.sleep(0.05)
+    after("damaged_on_disk", on_disk)
     result["reset"] = llm.reset_prefix_cache(reset_connector=True)
     after("after_reset")
     after("stored_anew")
@@ -126,42 +122,21 @@ def exact() -> dict[str, Any]:
     return result
 
 
-def lossy() -> dict[str, Any]:
-    """Coded records: KL of continuations after a restored context against the same after a local one. Argument 5: a
-    file of [[context ids, continuation ids], ...]; 6: the point."""
-    import numpy as np
-
-    texts = [(context, continuation[:TOKENS]) for context, continuation in json.loads(Path(sys.argv[5]).read_text())]
-    llm = engine(96, {"point": sys.argv[6]}, max_model_len=2048, max_logprobs=-1, max_num_batched_tokens=2048,
+def lossy(case: Case) -> dict[str, Any]:
+    """Coded records: KL of continuations after a restored context against the same after a local one. More: [[context
+    ids, continuation ids], ...]; the point; how many times 1,504 tokens are restored."""
+    texts, point, restores = case.more
+    budget(case, CPU_CACHE_GB=0.25, DISK_CACHE_GB=0.25)
+    llm = engine(case, 96, {"point": point}, max_model_len=2048, max_logprobs=-1, max_num_batched_tokens=2048,
                  disable_log_stats=False)  # fmt: skip
-    fresh = iter(range(100, 1000))
-    raw = distributions(llm, texts, {"kvtc": "off"})
-    # KVBM stores what was computed, not what the device had: nothing of the texts may be left there.
-    for _ in range(3):
-        evict(llm, fresh)
-    for context, _ in texts:
-        run(llm, [context], 1)
-    settle()
-    for _ in range(3):
-        evict(llm, fresh)
+    raw = distributions(llm, texts)
+    forget(llm, settle)
     result: dict[str, Any] = {"before": told()}
-    coded = distributions(llm, texts, None)
+    result["kl"] = kl_of(raw, distributions(llm, texts))
     settle()
-    result["kl"] = [float((np.exp(p) * (p - q)).sum(axis=1).mean()) for p, q in zip(raw, coded, strict=True)]
     result["after"] = told()
-    cold, warm = [], []
-    for i in range(1):
-        prompt = prompt_of(50 + i, 1504)
-        began = time.monotonic()
-        run(llm, [prompt], 1)
-        cold.append(time.monotonic() - began)
-        settle()
-        for _ in range(3):
-            evict(llm, fresh)
-        began = time.monotonic()
-        result["cached"] = run(llm, [prompt], 1)[0][2]
-        warm.append(time.monotonic() - began)
-    result["cold_seconds"], result["restored_seconds"] = cold, warm
+    forget(llm, settle)
+    result |= cold_and_restored(llm, settle, restores)
     known: dict[str, float] = {}
     for metric in llm.get_metrics():
         if "kvtc" in metric.name:
@@ -175,29 +150,71 @@ def lossy() -> dict[str, Any]:
     return result
 
 
-def refused() -> dict[str, Any]:
-    """What the engine says at start: argument 5 is what to change, as JSON."""
+def two_ranks(case: Case) -> dict[str, Any]:
+    """Tensor parallelism in processes of vLLM's own: as in ``exact``. Then what one rank holds in memory is damaged."""
+    cores = sorted(os.sched_getaffinity(0))
+    # Functions go to the workers; a CPU's workers are told their cores where there is one NUMA node.
+    os.environ.update(VLLM_ALLOW_INSECURE_SERIALIZATION="1", VLLM_CPU_OMP_THREADS_BIND=f"{cores[0]}|{cores[-1]}")
+    budget(case, CPU_CACHE_OVERRIDE_NUM_BLOCKS=64, DISK_CACHE_OVERRIDE_NUM_BLOCKS=256)
+    llm = engine(case, 60, {"point": "fine", "exact": "all"}, distributed_executor_backend="mp",
+                 tensor_parallel_size=2, skip_tokenizer_init=True)  # fmt: skip
+
+    def settle_all() -> None:
+        llm.collective_rpc(settle_rank)
+
+    prompts, local, restored = local_and_restored(llm, settle_all)
+    settle_all()
+    result: dict[str, Any] = {
+        "local_cached": [r[2] for r in local], "restored_cached": [r[2] for r in restored],
+        "same": same(local, restored), "ranks": llm.collective_rpc(rank_told),
+    }  # fmt: skip
+    # Out of the device's cache, by prompts that only KVBM's host and disk have now.
+    evicting = slice(0, 8)
+    run(llm, prompts[evicting])
+    result["flipped"] = llm.collective_rpc(flip_on_rank_1)
+    last = slice(16, 24)
+    got = run(llm, prompts[last])
+    settle_all()
+    result["damaged"] = {
+        "cached": [r[2] for r in got], "right": close_to(local[last], got), "ended": [r[3] for r in got],
+        "failed": [rank["ledger"].get("failed_loads", 0) for rank in llm.collective_rpc(rank_told)],
+    }  # fmt: skip
+    llm.llm_engine.engine_core.shutdown()
+    return result
+
+
+def settle_rank(_: Any) -> None:
+    settle()
+
+
+def rank_told(_: Any) -> dict[str, Any]:
+    return {"counts": told(), "ledger": dict(worker().counts())}
+
+
+def flip_on_rank_1(engine_worker: Any) -> int:
+    """A bit of every record in its host memory."""
+    host, keys = tier()._store.host, []
+    if engine_worker.rank == 1:
+        keys = list(host._shelf.slots)
+        for key in keys:
+            with host.get(key) as lease:
+                host._view[lease.offset + len(lease) - 9] ^= 4
+    return len(keys)
+
+
+def refused(case: Case) -> dict[str, Any]:
+    """What the engine says at start. More: what to change of the mover's options and of the engine's."""
+    coding, extra = case.more
+    budget(case, CPU_CACHE_GB=0.25, DISK_CACHE_GB=0.25)
     try:
-        engine(40, json.loads(sys.argv[5]))
+        engine(case, 40, coding, **extra)
     except Exception as exc:
         return {"error": f"{type(exc).__name__}: {exc}"}
     return {"error": "not refused"}
 
 
 def main() -> None:
-    set_environment()
-    os.environ.update(
-        DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER="true",
-        DYN_KVBM_DISK_CACHE_DIR=sys.argv[3],
-    )
-    if sys.argv[1] == "exact":
-        os.environ.update(DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS="64", DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS="256")
-    else:
-        os.environ.update(DYN_KVBM_CPU_CACHE_GB="0.25", DYN_KVBM_DISK_CACHE_GB="0.25")
-    result = globals()[sys.argv[1]]()
-    sys.stdout.write(json.dumps(result) + "\n")
-    sys.stdout.flush()
-    os._exit(0)
+    engine_driver.play({scenario.__name__: scenario for scenario in (exact, lossy, refused, two_ranks)})
 
 
 if __name__ == "__main__":

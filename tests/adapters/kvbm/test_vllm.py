@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tests.engines import VLLM_KVBM, require, run_vllm
+from tests.adapters.conftest import checked
+from tests.engines import play
 
-pytestmark = [pytest.mark.engine, pytest.mark.model]
+pytestmark = [pytest.mark.engine, pytest.mark.model, pytest.mark.long]
 
 
-@pytest.fixture
-def model(request):
-    # Before the model is unpacked for nothing.
-    require("stub", f"kvbm-{VLLM_KVBM}", "vllm")
-    return request.getfixturevalue("smollm2_dir")
+def run_vllm(scenario: str, *arguments: Any) -> dict[str, Any]:
+    return checked(play("tests.adapters.kvbm.vllm_driver", [[scenario, *arguments]])[0])
 
 
 def test_tokens_and_logprobs_are_those_of_a_local_hit(model, tmp_path):
-    seen = run_vllm("exact", str(model), str(tmp_path))
+    seen = run_vllm("exact", model, tmp_path, "")
     # The first prompt is exactly 4 blocks, and a token of it must be computed.
     assert seen["local_cached"] == [96] + [128] * 23
     assert seen["restored_cached"] == seen["local_cached"]
@@ -32,7 +32,7 @@ def test_tokens_and_logprobs_are_those_of_a_local_hit(model, tmp_path):
 
 
 def test_faults_cost_a_recompute(model, tmp_path):
-    seen = run_vllm("faults", str(model), str(tmp_path))
+    seen = run_vllm("faults", model, tmp_path, "")
     assert seen["failed"]["same"] == [True] * 6
     assert seen["failed"]["reasons"] == ["length"] * 6
     assert seen["after"] == {"cached": [0] * 6, "same": [True] * 6}
@@ -45,7 +45,7 @@ def test_faults_cost_a_recompute(model, tmp_path):
 
 
 def test_preempted_requests_come_back_right(model, tmp_path):
-    seen = run_vllm("preempted", str(model), str(tmp_path))
+    seen = run_vllm("preempted", model, tmp_path, "")
     assert seen["grown"] == [110] * 4
     assert seen["cached"] == [128] * 4
     assert seen["same"] == [True] * 4
@@ -60,7 +60,5 @@ def test_preempted_requests_come_back_right(model, tmp_path):
     ],
 )
 def test_bad_configuration_is_refused_at_start(model, tmp_path, change, words):
-    import json
-
-    seen = run_vllm("refused", str(model), str(tmp_path), json.dumps(change))
+    seen = run_vllm("refused", model, tmp_path, "", change)
     assert words in seen["error"]

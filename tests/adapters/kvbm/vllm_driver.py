@@ -1,21 +1,29 @@
-"""Real vLLM on the CPU, the real leader, our connector and the raw mover. Runs as a program in the engine's
-environment and prints one JSON object: ``python -m tests.adapters.kvbm.vllm_driver SCENARIO MODEL_DIR WORK_DIR``."""
+"""Real vLLM on the CPU, the real leader, our connector and the raw mover: scenarios for engine_driver.play, which need
+no artifact. ``echo '[["exact", MODEL_DIR, WORK_DIR, ""], ...]' | python -m tests.adapters.kvbm.vllm_driver``, in
+vLLM's environment."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from typing import Any
 
 from dynamo_kvtc.adapters.kvbm.damaged import FIRST_RETRY
 from tests.adapters import engine_driver
-from tests.adapters.engine_driver import BLOCK, local_and_restored, prompt_of, run, same, set_environment
+from tests.adapters.engine_driver import BLOCK, Case, local_and_restored, prompt_of, run, same
+
+
+def budget(case: Case, **settings: float) -> None:
+    """KVBM's, DYN_KVBM_ left out, and no other."""
+    for name in [name for name in os.environ if name.startswith("DYN_KVBM_") and "_CACHE_" in name]:
+        del os.environ[name]
+    os.environ.update({f"DYN_KVBM_{name}": str(value) for name, value in settings.items()})
+    os.environ.update(DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER="true", DYN_KVBM_DISK_CACHE_DIR=str(case.work))
 
 
 def engine(
-    mover_options: dict[str, Any], device_blocks: int, transfer: dict[str, Any] | None = None, **extra: Any
+    case: Case, mover_options: dict[str, Any], device_blocks: int, transfer: dict[str, Any] | None = None, **extra: Any
 ) -> Any:
     config = {
         "kv_connector": "DynamoConnector",
@@ -29,7 +37,7 @@ def engine(
         },
         **(transfer or {}),
     }
-    return engine_driver.engine(sys.argv[2], config, device_blocks, **extra)
+    return engine_driver.engine(case.model, config, device_blocks, **extra)
 
 
 def report(llm: Any, path: str) -> dict[str, Any]:
@@ -39,11 +47,12 @@ def report(llm: Any, path: str) -> dict[str, Any]:
         return json.load(file)
 
 
-def exact() -> dict[str, Any]:
+def exact(case: Case) -> dict[str, Any]:
     """24 prompts, chunked prefill, batches of 8; the device holds one batch, the host two, the disk all. What a local
     prefix hit gives, then the same from the tier, then one prompt at a time."""
-    path = f"{sys.argv[3]}/exact"
-    llm = engine({"report": path}, device_blocks=60)
+    path = f"{case.work}/exact"
+    raw_budget(case)
+    llm = engine(case, {"report": path}, device_blocks=60)
     prompts, local, restored = local_and_restored(llm, lambda: None)
     singly = [run(llm, [p])[0] for p in prompts[:4]]
     return {
@@ -56,10 +65,11 @@ def exact() -> dict[str, Any]:
     }
 
 
-def faults() -> dict[str, Any]:
+def faults(case: Case) -> dict[str, Any]:
     """One engine through: failing loads, an opted-out request, preemptions, a reset; the answers after each."""
-    path, switch = f"{sys.argv[3]}/faults", f"{sys.argv[3]}/fail"
-    llm = engine({"report": path, "fail_file": switch}, device_blocks=40)
+    path, switch = f"{case.work}/faults", f"{case.work}/fail"
+    raw_budget(case)
+    llm = engine(case, {"report": path, "fail_file": switch}, device_blocks=40)
     prompts = [prompt_of(i, 129 + i) for i in range(6)]
     fresh = iter(range(100, 1000))
     result: dict[str, Any] = {}
@@ -109,10 +119,11 @@ def faults() -> dict[str, Any]:
     return result
 
 
-def preempted() -> dict[str, Any]:
+def preempted(case: Case) -> dict[str, Any]:
     """4 requests that grow to 8 blocks each on 24: some are preempted and resumed. Their text comes back as it was."""
-    path = f"{sys.argv[3]}/preempted"
-    llm = engine({"report": path}, device_blocks=24, max_model_len=384)
+    path = f"{case.work}/preempted"
+    raw_budget(case)
+    llm = engine(case, {"report": path}, device_blocks=24, max_model_len=384)
     long = [prompt_of(70 + i, 135) for i in range(4)]
     grown = run(llm, long, 110)
     run(llm, [prompt_of(100 + i, 10 * BLOCK) for i in range(3)], 1)
@@ -125,27 +136,23 @@ def preempted() -> dict[str, Any]:
     }
 
 
-def refused() -> dict[str, Any]:
+def refused(case: Case) -> dict[str, Any]:
+    """More: what to change of the transfer's configuration."""
+    raw_budget(case)
     try:
-        engine({}, 40, json.loads(sys.argv[4]))
+        engine(case, {}, 40, case.more[0])
     except Exception as exc:
         return {"error": f"{type(exc).__name__}: {exc}"}
     return {"error": "not refused"}
 
 
+def raw_budget(case: Case) -> None:
+    budget(case, CPU_CACHE_GB=1, DISK_CACHE_GB=4, CPU_CACHE_OVERRIDE_NUM_BLOCKS=64,
+           DISK_CACHE_OVERRIDE_NUM_BLOCKS=2048)  # fmt: skip
+
+
 def main() -> None:
-    set_environment()
-    os.environ.update(
-        DYN_KVBM_CPU_CACHE_GB=os.environ.get("DYN_KVBM_CPU_CACHE_GB", "1"),
-        DYN_KVBM_DISK_CACHE_GB=os.environ.get("DYN_KVBM_DISK_CACHE_GB", "4"),
-        DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS=os.environ.get("DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS", "64"),
-        DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS=os.environ.get("DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS", "2048"),
-        DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER="true",
-    )
-    result = globals()[sys.argv[1]]()
-    sys.stdout.write(json.dumps(result) + "\n")
-    sys.stdout.flush()
-    os._exit(0)
+    engine_driver.play({scenario.__name__: scenario for scenario in (exact, faults, preempted, refused)})
 
 
 if __name__ == "__main__":

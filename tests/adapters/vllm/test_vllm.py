@@ -1,67 +1,56 @@
-"""Real vLLM 0.31 on the CPU, its OffloadingConnector and our spec over the tier."""
+"""Real vLLM 0.31 on the CPU, its OffloadingConnector and our spec over the tier. What is not marked ``long`` runs in
+CI, all of it in one process."""
 
 from __future__ import annotations
 
+import errno
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engines import VLLM_KVBM, _run, engines, require
+from tests.adapters.conftest import checked
+from tests.engines import can_mount, engines, play
 
 pytestmark = [pytest.mark.engine, pytest.mark.model]
+DRIVER = "tests.adapters.vllm.driver"
+TOKENS = 6
+"""Of a continuation in CI: each is a request of its own."""
 
 
 @pytest.fixture(scope="module")
-def model(request) -> Path:
-    # Before the model is unpacked for nothing.
-    require("vllm")
-    return request.getfixturevalue("smollm2_dir")
+def short(model, any_artifact, quickly_calibrated, texts, hybrid, tmp_path_factory):
+    """``short(scenario)``: its result."""
+    work = tmp_path_factory.mktemp("short")
+    (work / "small").mkdir()
+    cases = [
+        ["exact", model, work / "exact", any_artifact],
+        ["faults", model, work / "faults", any_artifact],
+        ["lossy", model, work / "lossy", quickly_calibrated, texts(TOKENS), "18", 0],
+        ["refused", hybrid, work / "hybrid", any_artifact, {"num_gpu_blocks_override": 128}],
+    ]
+    mount = work / "small" if can_mount() else None
+    if mount:
+        cases.insert(2, ["full", model, work / "full", any_artifact, mount])
+    results = dict(zip((case[0] for case in cases), play(DRIVER, cases, mount=mount), strict=True))
+    print({name: (result["took_seconds"], result["processor_seconds"]) for name, result in results.items()})
 
+    def result(scenario: str) -> dict[str, Any]:
+        if scenario not in results:
+            pytest.skip("no file system can be mounted without privileges here")
+        return checked(results[scenario])
 
-@pytest.fixture(scope="module")
-def any_artifact(model, tmp_path_factory) -> Path:
-    from tests.adapters.vllm.artifacts import any_artifact
-
-    return any_artifact(model, tmp_path_factory.mktemp("artifact") / "any.safetensors")
-
-
-@pytest.fixture(scope="module")
-def calibrated(model, tmp_path_factory) -> Path:
-    """At 18x, 32x and 40x; small: what is asked is whether engine and evaluation agree."""
-    from dynamo_kvtc.calibrate.run import CalibrationConfig, calibrate
-    from dynamo_kvtc.calibrate.texts import draw_texts
-    from dynamo_kvtc.codec.artifact import save_artifact
-    from dynamo_kvtc.hf.model import load_model
-
-    loaded = load_model(str(model), dtype="float32")
-    config = CalibrationConfig(groups=10, ratios=(18.0, 32.0, 40.0), fisher_sequences=2)
-    manifest, tensors = calibrate(loaded, draw_texts(loaded, ["python"], 8_000, 512, 4), config, lambda *_: None)
-    path = tmp_path_factory.mktemp("artifact") / "calibrated.safetensors"
-    save_artifact(path, manifest, tensors)
-    return path
-
-
-def documents(model: Path, topics: tuple[str, ...]) -> list[list[int]]:
-    """Of Python's reference, far from what a small calibration draws."""
-    import pydoc_data.topics
-
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return [tokenizer(pydoc_data.topics.topics[name])["input_ids"] for name in topics]
+    return result
 
 
 def run(scenario: str, *arguments: Any, timeout: float = 900) -> dict[str, Any]:
-    python = engines() / "vllm" / "bin" / "python"
-    command = [str(python), "-m", "tests.adapters.vllm.driver", scenario, *map(str, arguments)]
-    return _run(command, VLLM_KVBM, timeout)
+    """One, in a process of its own. arguments: model, work, artifact, ..."""
+    return checked(play(DRIVER, [[scenario, *arguments]], timeout)[0])
 
 
-def test_tokens_and_logprobs_are_those_of_a_local_hit(model, any_artifact, tmp_path):
-    seen = run("exact", model, tmp_path, any_artifact)
+def test_tokens_and_logprobs_are_those_of_a_local_hit(short):
+    seen = short("exact")
     assert seen["restored_cached"] == seen["local_cached"] == [128] * 24
     assert seen["same"] == [True] * 24
     assert seen["same_singly"] == [True] * 4
@@ -73,8 +62,8 @@ def test_tokens_and_logprobs_are_those_of_a_local_hit(model, any_artifact, tmp_p
     assert counts["failed"] == counts["refused"] == 0
 
 
-def test_faults_cost_a_recompute(model, any_artifact, tmp_path):
-    seen = run("faults", model, tmp_path, any_artifact)
+def test_faults_cost_a_recompute(short):
+    seen = short("faults")
     phases = {name: phase for name, phase in seen.items() if isinstance(phase, dict) and "right" in phase}
     assert len(phases) == 10
     for name, phase in phases.items():
@@ -96,16 +85,50 @@ def test_faults_cost_a_recompute(model, any_artifact, tmp_path):
     assert seen["closed"] is True
 
 
+def test_a_disk_that_is_full(short):
+    """ENOSPC under the engine: the answers stay right, what is on the disk is still served, and once there is room it
+    goes on."""
+    seen = short("full")
+    phases = {name: phase for name, phase in seen.items() if isinstance(phase, dict)}
+    for name, phase in phases.items():
+        assert phase["right"] == [True] * 4, name
+        assert phase["ended"] == ["length"] * 4, name
+    assert seen["filled"] == errno.ENOSPC
+    for name in ("before", "before_again", "after", "before_at_last", "during_at_last"):
+        assert phases[name]["cached"] == [128] * 4, name
+    assert not any(kind.startswith("disk_write") for kind in phases["before"]["errors"])
+    assert any(kind.startswith("disk_write") for kind in phases["before_again"]["errors"])
+    assert phases["before_again"]["on_disk"] < 32
+    assert phases["during_at_last"]["on_disk"] == 48
+
+
+def test_a_coded_record_costs_what_evaluation_says(short, model, quickly_calibrated, texts):
+    """KL within 15% of what the same texts cost without an engine."""
+    from tests.adapters.vllm.predict import predicted_kl
+
+    seen = short("lossy")
+    wanted = predicted_kl(model, quickly_calibrated, texts(TOKENS), 32, "18")
+    print(seen["kl"], wanted, seen["before"]["ratio"])
+    assert seen["kl"] == pytest.approx(wanted, rel=0.15)
+    assert seen["before"]["ratio"] > 8
+    assert seen["after"]["loaded"] == 24
+
+
+def test_a_hybrid_model_is_refused(short):
+    """Sliding windows in every other layer: two cache groups."""
+    seen = short("refused")
+    assert "UnsupportedModelError" in seen["error"]
+    assert "2 groups" in seen["error"]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("point", "ratio", "restores"), [("18", 8, 3), ("32", 12, 0)])
-def test_coded_records_cost_what_evaluation_says(model, calibrated, tmp_path, point, ratio, restores):
+def test_coded_records_cost_what_evaluation_says(model, calibrated, texts, tmp_path, point, ratio, restores):
     """KL within 15% of what the same texts cost without an engine; fewer bytes; a faster first token."""
     from tests.adapters.vllm.predict import predicted_kl
 
-    texts = [(x[:384], x[384:400]) for x in documents(model, ("debugger", "formatstrings"))]
-    path = tmp_path / "texts.json"
-    path.write_text(json.dumps(texts))
-    seen = run("lossy", model, tmp_path, calibrated, path, point, restores)
-    wanted = predicted_kl(model, calibrated, texts, 32, point)
+    seen = run("lossy", model, tmp_path, calibrated, texts(16), point, restores)
+    wanted = predicted_kl(model, calibrated, texts(16), 32, point)
     print({name: seen[name] for name in ("kl", "cold_seconds", "restored_seconds")}, wanted, seen["before"]["ratio"])
     assert seen["kl"] == pytest.approx(wanted, rel=0.15)
     assert seen["before"]["ratio"] > ratio
@@ -116,19 +139,18 @@ def test_coded_records_cost_what_evaluation_says(model, calibrated, tmp_path, po
         assert statistics.median(seen["restored_seconds"]) < statistics.median(seen["cold_seconds"]) / 2
 
 
-def test_one_budget_holds_many_times_the_sessions(model, calibrated, tmp_path):
+@pytest.mark.long
+def test_one_budget_holds_many_times_the_sessions(model, calibrated, documents, tmp_path):
     """Sessions of 512 tokens, of which the 4 exact ones are under a quarter of the coded bytes at the highest ratio;
     the budget is one raw session, and room for its headers. Counted on the records in host memory, until the first is
     let go."""
     topics = ("debugger", "formatstrings", "specialnames", "typesseq", "types")
-    ids = [token for document in documents(model, topics) for token in document]
+    ids = [token for document in documents(topics) for token in document]
     sessions = [ids[i : i + 512] for i in range(0, len(ids) - 511, 512)]
-    path = tmp_path / "sessions.json"
-    path.write_text(json.dumps(sessions))
     budget = 512 * (30 * 2 * 3 * 64) * 4 * 103 // 100
     held = {}
     for name, point, exact in (("raw", "18", "all"), ("18", "18", "sinks"), ("40", "40", "sinks")):
-        seen = run("capacity", model, tmp_path, calibrated, path, point, exact, budget)
+        seen = run("capacity", model, tmp_path, calibrated, sessions, point, exact, budget)
         held[name] = seen["held"]
         print(name, seen)
         assert seen["stored"] == seen["held"] + 1, "the sessions did not suffice"
@@ -141,6 +163,7 @@ def test_one_budget_holds_many_times_the_sessions(model, calibrated, tmp_path):
     assert held["40"] >= 24
 
 
+@pytest.mark.long
 def test_a_conversations_tail_is_exact_until_it_has_moved_on(model, any_artifact, tmp_path):
     seen = run("tail", model, tmp_path, any_artifact)
     first, again, longer = (seen[name] for name in ("first", "again", "longer"))
@@ -154,6 +177,7 @@ def test_a_conversations_tail_is_exact_until_it_has_moved_on(model, any_artifact
     assert longer["bytes"] == first["bytes"] > 0
 
 
+@pytest.mark.long
 def test_events_and_metrics_reach_the_engine(model, any_artifact, tmp_path):
     seen = run("watched", model, tmp_path, any_artifact)
     assert seen["events"]["BlockStored:CPU"] >= 24
@@ -165,6 +189,7 @@ def test_events_and_metrics_reach_the_engine(model, any_artifact, tmp_path):
     assert metrics["vllm:kvtc_decode_seconds"] > 0
 
 
+@pytest.mark.long
 def test_the_demo_shows_hits_of_every_tier(model, calibrated, tmp_path):
     """``kvtc demo --engine vllm``, small: its table, picture and JSON."""
     from click.testing import CliRunner
@@ -203,6 +228,7 @@ def test_the_demo_shows_hits_of_every_tier(model, calibrated, tmp_path):
     assert coded["ratio"] > 6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -215,20 +241,5 @@ def test_the_demo_shows_hits_of_every_tier(model, calibrated, tmp_path):
     ],
 )  # fmt: skip
 def test_bad_configuration_is_refused_at_start(model, any_artifact, tmp_path, change, words):
-    seen = run("refused", model, tmp_path, any_artifact, json.dumps(change))
+    seen = run("refused", model, tmp_path, any_artifact, change)
     assert words in seen["error"]
-
-
-def test_a_hybrid_model_is_refused(model, any_artifact, tmp_path):
-    """Sliding windows in every other layer: two cache groups."""
-    hybrid = tmp_path / "hybrid"
-    hybrid.mkdir()
-    for file in model.iterdir():
-        (hybrid / file.name).symlink_to(file)
-    config = json.loads((model / "config.json").read_text())
-    kinds = [("full", "sliding")[i % 2] + "_attention" for i in range(config["num_hidden_layers"])]
-    (hybrid / "config.json").unlink()
-    (hybrid / "config.json").write_text(json.dumps({**config, "layer_types": kinds, "sliding_window": 256}))
-    seen = run("refused", hybrid, tmp_path, any_artifact, '{"num_gpu_blocks_override": 128}')
-    assert "UnsupportedModelError" in seen["error"]
-    assert "2 groups" in seen["error"]
