@@ -91,6 +91,7 @@ def test_agg_offloading(aggregated):
     assert told.startswith("Worker: lookup blocks miss none")
 
 
+@pytest.mark.long
 def test_agg_kvbm(tmp_path):
     engines = require("dynamo", "kvbm-1.6.1", "stub")
     environment = {"PYTHONPATH": str(engines / "kvbm-1.6.1"), "LD_LIBRARY_PATH": str(engines / "stub")}
@@ -105,7 +106,7 @@ def test_agg_kvbm(tmp_path):
             stored = up.counters()["Worker"].get("kvtc_stored_blocks stored", 0.0)
 
 
-@pytest.mark.parametrize("exact", ["all", "sinks"])
+@pytest.mark.parametrize("exact", [pytest.param("all", marks=pytest.mark.long), "sinks"])
 def test_disagg(exact, request, tmp_path):
     """Every token exact: the answer is the aggregated graph's. Coded: a twelfth of the raw cache's bytes are pulled.
     Either way the first layers are computed before the last ones' are decoded."""
