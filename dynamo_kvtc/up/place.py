@@ -140,7 +140,8 @@ def check_port(port: int) -> None:
     try:
         socket.create_server((LOOPBACK, port)).close()
     except OSError as exc:
-        raise ConfigError(f"port {port} on {LOOPBACK} is in use ({os.strerror(exc.errno or 0)}): choose another with --port") from exc
+        why = os.strerror(exc.errno or 0)
+        raise ConfigError(f"port {port} on {LOOPBACK} is in use ({why}): choose another with --port") from exc
 
 
 def get_flag(command: Sequence[str], flag: str) -> str | None:
