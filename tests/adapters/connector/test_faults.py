@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.adapters.connector.test_cluster import options, server
+from tests.adapters.connector.servers import server
+from tests.adapters.connector.test_cluster import options
 from tests.adapters.engine_driver import prompt_of
 
 __all__ = ["server"]
