@@ -167,7 +167,8 @@ def save_artifact(path: Path | str, manifest: Manifest, tensors: Mapping[str, Te
         _write_whole(path, payload)
     except OSError as exc:
         raise ArtifactError(
-            f"cannot write artifact {path}, {len(payload):,} bytes: {exc.strerror or exc}; make room, or name another folder"
+            f"cannot write artifact {path}, {len(payload):,} bytes: {exc.strerror or exc}; make room, or name another "
+            "folder"
         ) from exc
     return manifest
 

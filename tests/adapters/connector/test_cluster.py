@@ -15,7 +15,7 @@ from tests.events.servers import Server
 
 __all__ = ["server"]
 
-pytestmark = [pytest.mark.engine, pytest.mark.model]
+pytestmark = [pytest.mark.engine, pytest.mark.model, pytest.mark.long]
 
 
 def options(artifact: Path, server: Server, **more: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tests.adapters.engine_driver import prompt_of
 
 __all__ = ["server"]
 
-pytestmark = [pytest.mark.engine, pytest.mark.model]
+pytestmark = [pytest.mark.engine, pytest.mark.model, pytest.mark.long]
 PULL_SECONDS = 6.0
 TOKENS = 513
 
