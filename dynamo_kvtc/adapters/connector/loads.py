@@ -25,6 +25,7 @@ from dynamo_kvtc.tier.transcode import Block
 from dynamo_kvtc.transfer.pending import Arrival, Pull
 from dynamo_kvtc.transfer.pull import Wanted
 
+_LOOK_SECONDS = 0.25
 _HANG_SECONDS = 60.0
 """How long past its deadline a load may still be in the middle of decoding a part."""
 
@@ -103,18 +104,26 @@ class Load:
 
     def wait(self, part: int, deadline: float) -> bool:
         """Whether that part is in the pages of all blocks that did not fail. At the deadline the load is given up."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.ended or self._part > part, deadline - time.monotonic()):
-                log.warning("a load of %d blocks was not here in time", len(self.order.blocks))
+        if not self._wait_for(lambda: self.ended or self._part > part, deadline):
+            log.warning("a load of %d blocks was not here in time", len(self.order.blocks))
         if not self.ended and self._part <= part:
             self.give_up()
         return self._part > part
 
     def wait_ended(self, deadline: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self.ended, deadline - time.monotonic())
-        if not self.ended:
+        if not self._wait_for(lambda: self.ended, deadline):
             self.give_up()
+
+    def _wait_for(self, ready: Callable[[], bool], deadline: float) -> bool:
+        while True:
+            left = deadline - time.monotonic()
+            with self._changed:
+                if self._changed.wait_for(ready, min(_LOOK_SECONDS, left)):
+                    return True
+            if left <= 0:
+                return False
+            if self._pull is not None:
+                self._pull.expire()
 
     def look(self) -> None:
         """From time to time: what is late has failed. Raises EngineTimeoutError if a thread hangs in its pages."""

@@ -158,8 +158,26 @@ class Driver:
             host._sweep()
             return sum(host._shelf.pins)
 
-    def events(self) -> list[Any]:
-        return [[n.block_hash.hex(), tier, gone] for n, tier, gone in self.node.router.take()]
+    def listen(self) -> None:
+        """From now on what vLLM's router would hear is kept, too."""
+        from dynamo_kvtc.adapters.connector import vllm_events
+
+        made, self.news = vllm_events.events_of, []
+
+        def both(*what: Any) -> Any:
+            events = list(made(*what))
+            self.news += events
+            return events
+
+        vllm_events.events_of = both
+        self.node.router.on = True
+
+    def heard(self) -> list[Any]:
+        """Kind, medium, whether it is the first block of a sequence, and its tokens."""
+        return [
+            [type(e).__name__, e.medium, getattr(e, "parent_block_hash", 0) is None, len(getattr(e, "token_ids", ()))]
+            for e in self.news
+        ]  # fmt: skip
 
     def threads(self) -> int:
         return threading.active_count()

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.adapters.connector.test_cluster import options, server
+from tests.adapters.connector.servers import server
+from tests.adapters.connector.test_cluster import options
 from tests.adapters.engine_driver import prompt_of
 
 __all__ = ["server"]
 
-pytestmark = [pytest.mark.engine, pytest.mark.model]
+pytestmark = [pytest.mark.engine, pytest.mark.model, pytest.mark.long]
 PULL_SECONDS = 6.0
 TOKENS = 513
 
@@ -79,6 +80,9 @@ def test_faults_in_the_middle_of_a_pull_cost_a_recompute(start, any_artifact, se
     fresh = prompt_of(500, TOKENS)
     assert b("run", [fresh])[0][2] == 0
     print(load, told, b("errors"), b("counts"))
-    assert [blocks > 0 for blocks, _ in told.values()] == [False, False, False, True, True]
+    computed = {name: blocks > 0 for name, (blocks, _) in told.items()}
+    # Damaged frames are asked for again, for as often as a pull does that.
+    computed.pop("one frame in ten is damaged")
+    assert computed == {"nothing": False, "nats restarted": False, "stopped": True, "killed": True}
     assert b("threads") <= threads + 8
     assert b("close")

@@ -40,6 +40,13 @@ def test_evicted_blocks_come_back_as_they_were(start, any_artifact, tmp_path, lo
     assert more[0][2] == 128
     assert engine("settle")
     assert engine("counts")["stored"] == counts["stored"] + 1
+    # What a router hears of a prompt that is new.
+    engine("listen")
+    engine("run", [prompt_of(99, 100)])
+    assert engine("settle")
+    engine("run", [prompt_of(99, 100)], 1)
+    stored = [told for told in engine("heard") if told[0] == "BlockStored" and told[1] == "CPU"]
+    assert stored[:3] == [["BlockStored", "CPU", i == 0, 32] for i in range(3)]
     assert engine("reset")
     engine("clear")
     assert [r[2] for r in engine("run", prompts[:2])] == [0, 0]
