@@ -240,9 +240,11 @@ class Nats:
         try:
             self._loop.run_until_complete(self._stay_connected())
         finally:
-            for task in asyncio.all_tasks(self._loop):
+            left = asyncio.all_tasks(self._loop)
+            for task in left:
                 task.cancel()
-            self._loop.run_until_complete(asyncio.sleep(0))
+            if left:
+                self._loop.run_until_complete(asyncio.wait(left, timeout=2.0))
             self._loop.close()
 
     async def _stay_connected(self) -> None:
