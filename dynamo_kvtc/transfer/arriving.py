@@ -59,8 +59,16 @@ class Arriving:
     def write(self, offset: int, data: Buffer) -> None:
         """Raises a RecordError if the header is damaged or not as expected: then nothing is here any more."""
         end = offset + len(data)
+        got = self._got
+        if got and got[-1][1] == offset:
+            # As holders send: what comes next.
+            self.slot[offset:end] = data
+            got[-1] = (got[-1][0], end)
+            if self.record is None:
+                self._parse()
+            return
         at = offset
-        for start, stop in self._got:
+        for start, stop in got:
             if stop <= at:
                 continue
             if start >= end:
@@ -79,9 +87,9 @@ class Arriving:
         if self.record is None:
             return []
         out = []
+        offsets, sizes = self.record.offsets, self.record.sizes
         for group, status in enumerate(self.status):
-            start = self.record.offsets[group]
-            if status == WAITING and self._has(start, start + self.record.sizes[group]):
+            if status == WAITING and self._has(offsets[group], offsets[group] + sizes[group]):
                 self.status[group] = PROVING
                 out.append(group)
         return out
@@ -128,9 +136,6 @@ class Arriving:
         return False
 
     def _add(self, start: int, end: int) -> None:
-        if self._got and self._got[-1][1] == start:
-            self._got[-1] = (self._got[-1][0], end)
-            return
         out = []
         for a, b in self._got:
             if b < start or a > end:

@@ -237,6 +237,8 @@ class Puller:
         plane, address, stream, used = self._stream(holder, give_up)
         try:
             pull.streams.add(stream)
+            if pull.over:
+                raise PeerGoneError("the pull is over")
             try:
                 stream.ask(wire.pack(ask), self._silence(give_up))
                 frame = stream.receive(self._silence(give_up))

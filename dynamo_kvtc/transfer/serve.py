@@ -129,13 +129,15 @@ class Server:
 
 
 class _Answer:
-    """The leases of one ask, and its frames. A frame's stretches stay on lease until it is sent."""
+    """The leases of one ask, and its frames. A frame's stretches stay on lease until it is sent; spent: records that
+    nothing more is wanted of afterwards."""
 
     def __init__(self, server: Server, ask: wire.Ask, sender: Sender, deadline: float) -> None:
         self._server, self._ask, self._sender, self._deadline = server, ask, sender, deadline
         self._left = [item.groups for item in ask.items]
         self._ends: list[list[int] | None] = [None] * len(ask.items)
         self._held: dict[int, Lease] = {}
+        self._spent: list[int] = []
         self._segments: list[tuple[int, int, int]] = []
         self._sent = 0
         self._parts: list[memoryview] = []
@@ -153,7 +155,7 @@ class _Answer:
                         if self._left[i]:
                             self._piece(i, group)
                             self._left[i] &= -1 << (group + 1)
-                    self._let_go([i for i in some if not self._left[i]])
+                    self._spent += [i for i in some if not self._left[i] and i in self._held]
             self._flush()
             self._server._send(self._sender, [wire.pack(wire.End(self._ask.ask, self._sent))], self._deadline)
         finally:
@@ -252,6 +254,8 @@ class _Answer:
             for part in self._parts:
                 part.release()
             self._segments, self._parts, self._room = [], [], self._full
+        spent, self._spent = self._spent, []
+        self._release(spent)
 
     def _missing(self, items: list[tuple[int, int]]) -> None:
         for i, _ in items:
@@ -262,12 +266,6 @@ class _Answer:
                 self._sender, [wire.pack(wire.Missing(self._ask.ask, items[at : at + step]))], self._deadline
             )
         self._server._count(missing=len(items))
-
-    def _let_go(self, done: Sequence[int]) -> None:
-        here = [i for i in done if i in self._held]
-        if here:
-            self._flush()
-            self._release(here)
 
     def _release(self, some: Sequence[int]) -> None:
         for i in some:
