@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from dynamo_kvtc.adapters.connector.options import LAYERWISE, ConnectorOptions, parse_connector
-from dynamo_kvtc.adapters.engine_model import layer_index, model_of
+from dynamo_kvtc.adapters.engine_model import layer_index, model_of, share_the_interpreter
 from dynamo_kvtc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ class KvtcConnector(KVConnectorBase_V1):
         except BaseException:
             node.tier.close(1.0)
             raise
+        share_the_interpreter()
         publish(self._engine_id, node)
         self._worker = Worker(node)
         log.info("kvtc connector: %s, %d blocks of %d tokens", options, pages.blocks, cache.block_tokens)
