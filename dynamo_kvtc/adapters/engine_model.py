@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,9 +19,15 @@ if TYPE_CHECKING:
 
 PREFIX = "vllm:"
 """Of metrics' names in vLLM's registry: what it looks for."""
-
-
 SWITCH_SECONDS = 2e-4
+"""See ``share_the_interpreter``."""
+EMPTY_STEP_SECONDS = 0.002
+"""A step that took less ran no model: the engine is only asking again. It then waits this long for an answer or a
+load, so that it does not keep the interpreter from the threads that work on it."""
+OPT_OUT = "kvtc"
+"""``kv_transfer_params={"kvtc": "off"}`` of a request: neither stored nor loaded."""
+
+log = logging.getLogger(__name__)
 
 
 def model_of(model: str, dtype: str, weights: str, artifact: Artifact) -> tuple[ModelIdentity, KVShape, RopeSpec]:
@@ -56,6 +64,28 @@ def share_the_interpreter() -> None:
     """The tier's threads run beside the engine's in one interpreter, and whoever has let go of it waits for up to the
     switch interval (5 ms) to have it back: an engine lets go many times a step, at each of PyTorch's calls."""
     sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
+
+
+def opted_out(params: Mapping[str, Any] | None, request: str) -> bool:
+    """params: a request's ``kv_transfer_params``. An unknown value opts out, too: it must not crash a server."""
+    wish = (params or {}).get(OPT_OUT, "on")
+    if wish not in ("on", "off"):
+        log.warning("request %s: kv_transfer_params.%s is %r; 'on' and 'off' are known", request, OPT_OUT, wish)
+    return wish != "on"
+
+
+def check_served(workers: int, cache_groups: int) -> None:
+    """For the adapters whose two sides share a process. Raises ConfigError, UnsupportedModelError."""
+    if workers != 1:
+        raise ConfigError(
+            f"the engine has {workers} workers; scheduler and worker must share a process: 1 is supported (tensor and "
+            "pipeline parallelism: use the KVBM adapter)"
+        )
+    if cache_groups != 1:
+        raise UnsupportedModelError(
+            f"the engine's cache has {cache_groups} groups (hybrid attention: their layers share pages under different "
+            "block ids); one group is supported: a model with full attention in every layer"
+        )
 
 
 def layer_index(name: str) -> int:

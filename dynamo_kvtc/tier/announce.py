@@ -24,8 +24,8 @@ _TIERS = ("host", "disk")
 
 
 class Announcer:
-    """Thread-safe; a store's thread never waits in it. pulled, served: bytes to and from other workers, for heartbeats;
-    whoever moves them sets these."""
+    """Thread-safe; a store's thread never waits in it. pulled_bytes, served_bytes: from and to other workers, for
+    heartbeats; whoever moves them sets these."""
 
     def __init__(self) -> None:
         self.publisher: Publisher | None = None

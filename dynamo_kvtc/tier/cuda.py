@@ -188,6 +188,8 @@ class CudaTranscoder:
         cache = self._codec.cache
         # Whatever lies there may have to be kept exact: twice the raw bytes hold it.
         most = min(_WARM_BLOCKS, cache.slots // self.block_tokens, len(self._out) // (2 * self.raw_block_bytes))
+        if not most:
+            return
         kept = [view[:most].clone() for views in (cache.k, cache.v) for view in views]
         for views in (cache.k, cache.v):
             for view in views:
@@ -195,7 +197,7 @@ class CudaTranscoder:
         if self._cuda:
             torch.cuda.current_stream(self._device).synchronize()
         # With sinks and without: how many tokens are coded, and whether by 16, decides what is compiled.
-        for n, first in product(sorted({1, most} - {0}), (0, 1)):
+        for n, first in product(sorted({1, most}), (0, 1)):
             blocks = self._blocks([Block(b"", i, self.block_tokens * (first + i)) for i in range(n)])
             encoded = self._codec.encode(blocks, self._out, 0)
             encoded.finish()

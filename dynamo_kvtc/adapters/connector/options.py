@@ -11,13 +11,14 @@ from dynamo_kvtc.events.options import EventOptions, NatsOptions, parse_nats
 from dynamo_kvtc.tier.options import MIB, TierOptions, parse_options
 from dynamo_kvtc.transfer.options import PullOptions, ServeOptions
 from dynamo_kvtc.transfer.plane import PLANES
+from dynamo_kvtc.transfer.tcp import TcpOptions
 
 WHERE = "kv_connector_extra_config"
 ASYNC, LAYERWISE = "async", "layerwise"
 _SECONDS = {"pull_seconds": (0.05, 600.0), "load_seconds": (0.1, 600.0), "handoff_seconds": (0.05, 600.0)}
 _OWN = ("load", "trace", "nats", "planes", "tcp", "in_flight_mib", "leased_mib", "index_mib", "heartbeat_ttl_seconds")
 _CLUSTER = (*_OWN[3:], "pull_seconds", "handoff_seconds")
-_TCP = ("host", "port", "advertise", "token_file", "tls_cert", "tls_key", "tls_ca", "connections")
+_TCP = tuple(f.name for f in fields(TcpOptions))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dynamo_kvtc.adapters.connector.options import LAYERWISE, ConnectorOptions
+from dynamo_kvtc.adapters.engine_model import check_served
 from dynamo_kvtc.adapters.vllm._compat import RELEASE, EngineFacts
 from dynamo_kvtc.errors import ConfigError, UnsupportedModelError
 
@@ -35,16 +36,7 @@ def facts_of(vllm_config: Any, kv_cache_config: Any) -> EngineFacts:
     """Raises UnsupportedModelError, ConfigError."""
     groups = tuple(tuple(group.layer_names) for group in kv_cache_config.kv_cache_groups)
     parallel, cache, model = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.model_config
-    if len(groups) != 1:
-        raise UnsupportedModelError(
-            f"the engine's cache has {len(groups)} groups (hybrid attention: their layers share pages under different "
-            "block ids); one group is supported: a model with full attention in every layer"
-        )
-    if parallel.world_size != 1:
-        raise ConfigError(
-            f"the engine has {parallel.world_size} workers; scheduler and worker must share a process: 1 is supported "
-            "(tensor and pipeline parallelism: use the KVBM adapter)"
-        )
+    check_served(parallel.world_size, len(groups))
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     dtype = model.dtype if cache.cache_dtype == "auto" else cache.cache_dtype
     return EngineFacts(

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dynamo_kvtc.adapters.engine_model import opted_out
 from dynamo_kvtc.events.options import TOKEN
 
-OPT_OUT = "kvtc"
-"""``kv_transfer_params={"kvtc": "off"}`` of a request: neither stored nor loaded."""
 MAX_BLOCKS = 1 << 20
 
 log = logging.getLogger(__name__)
@@ -33,12 +32,9 @@ class Wish:
 
 def wish_of(params: Mapping[str, Any] | None, request: str) -> Wish:
     """What is not understood is passed over and logged: it must not crash a server."""
-    given = params or {}
-    said = given.get(OPT_OUT, "on")
-    if said not in ("on", "off"):
-        log.warning("request %s: kv_transfer_params.%s is %r; 'on' and 'off' are known", request, OPT_OUT, said)
-    if said != "on":
+    if opted_out(params, request):
         return Wish(off=True)
+    given = params or {}
     if given.get("do_remote_prefill") is True:
         worker, blocks = given.get("kvtc_worker"), given.get("kvtc_blocks")
         if isinstance(worker, str) and TOKEN.fullmatch(worker) and type(blocks) is int and 0 <= blocks <= MAX_BLOCKS:

@@ -18,11 +18,8 @@ from dynamo_kvtc.adapters.connector.node import Node
 from dynamo_kvtc.adapters.connector.options import LAYERWISE
 from dynamo_kvtc.adapters.connector.params import Wish, params_of, wish_of
 from dynamo_kvtc.adapters.connector.router import Named
+from dynamo_kvtc.adapters.engine_model import EMPTY_STEP_SECONDS
 from dynamo_kvtc.tier.transcode import Block
-
-EMPTY_STEP_SECONDS = 0.002
-"""How long a step that computes nothing waits for a load or an answer, so that it does not keep the interpreter from
-the threads that work on it."""
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +39,6 @@ class Match:
     first: int
     keys: list[bytes]
     remote: dict[bytes, Remote]
-    computed: int
 
 
 @dataclass
@@ -221,7 +217,7 @@ class Scheduler:
                 at += 1
             if at == before:
                 break
-        return Match(computed // self._n, list(keys[:at]), remote, computed)
+        return Match(computed // self._n, list(keys[:at]), remote)
 
     def _elsewhere(self, keys: Sequence[bytes], handed: Mapping[bytes, Remote]) -> list[Remote]:
         """What the prefill worker said, and who else has the same; without it the index alone."""

@@ -21,7 +21,7 @@ class Worker:
     """On the engine's thread."""
 
     def __init__(self, node: Node) -> None:
-        self.node = self._node = node
+        self.node = node
         self._running: dict[str, Load] = {}
         self._gates: list[Load] = []
         self._failed_blocks: set[int] = set()
@@ -29,11 +29,11 @@ class Worker:
         self._group_of = layers_of(groups.groups) if groups is not None else []
 
     def begin_loads(self, orders: Sequence[LoadOrder]) -> None:
-        options, tier = self._node.options, self._node.tier
+        options, tier = self.node.options, self.node.tier
         for order in orders:
             load = Load(
-                order, tier, self._node.cluster, (options.pull_seconds, options.load_seconds), self._node.trace,
-                tier.fence(), self._node.change,
+                order, tier, self.node.cluster, (options.pull_seconds, options.load_seconds), self.node.trace,
+                tier.fence(), self.node.change,
             )  # fmt: skip
             if order.layerwise:
                 self._gates.append(load)
@@ -49,21 +49,21 @@ class Worker:
         began = time.monotonic()
         for load in self._gates:
             load.wait(group, load.deadline)
-        self._node.trace.note("attention", layer=layer, group=group, waited=time.monotonic() - began)
+        self.node.trace.note("attention", layer=layer, group=group, waited=time.monotonic() - began)
 
     def save(self, orders: Sequence[StoreOrder]) -> None:
         """After the forward. What was computed on pages that failed is not stored."""
         sound = self._end_gates()
-        tier = self._node.tier
+        tier = self.node.tier
         if not sound or not orders:
             return
         fence = tier.fence()
         for order in orders:
-            self._node.store_began(order.request)
+            self.node.store_began(order.request)
 
             def free(request: str = order.request) -> None:
-                self._node.store_freed(request)
-                self._node.change()
+                self.node.store_freed(request)
+                self.node.change()
 
             if not tier.store(order.blocks, free=free, fence=fence):
                 free()
@@ -78,24 +78,24 @@ class Worker:
         ended = {request for request, load in self._running.items() if load.ended}
         for request in ended:
             self._note(self._running.pop(request))
-        return self._node.take_freed(), ended
+        return self.node.take_freed(), ended
 
     def take_failed_blocks(self) -> set[int]:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
     def take_stats(self) -> list[tuple[str, str, float, tuple[str, ...]]]:
-        return self._node.take_stats()
+        return self.node.take_stats()
 
     def preempted(self, requests: Collection[str]) -> None:
         """Raises EngineTimeoutError: to go on would let others write into pages that are still read."""
-        if not self._node.wait_freed(requests, WAIT_SECONDS):
+        if not self.node.wait_freed(requests, WAIT_SECONDS):
             raise EngineTimeoutError(f"pages of {sorted(requests)} are still read after {WAIT_SECONDS:.0f} s")
 
     def close(self) -> bool:
         for load in [*self._running.values(), *self._gates]:
             load.give_up()
-        return self._node.close()
+        return self.node.close()
 
     def _end_gates(self) -> bool:
         """Whether all that this step was computed on is what it should be."""
@@ -109,4 +109,4 @@ class Worker:
         if load.failed:
             log.info("%s: %d blocks could not be loaded and are computed", load.order.request, len(load.failed))
             self._failed_blocks.update(b.block_id for b in load.failed)
-            self._node.load_failed(load.order.request)
+            self.node.load_failed(load.order.request)

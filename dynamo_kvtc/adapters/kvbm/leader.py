@@ -25,25 +25,18 @@ from kvbm.vllm_integration.consolidator_config import get_consolidator_mode
 from kvbm.vllm_integration.rust import KvbmRequest
 from kvbm.vllm_integration.rust import KvConnectorLeader as RustLeader
 
+from dynamo_kvtc.adapters.engine_model import opted_out
 from dynamo_kvtc.adapters.kvbm.damaged import Damaged
 from dynamo_kvtc.adapters.kvbm.step import encode_ours, kvbm_request_ids
 from dynamo_kvtc.errors import EngineProtocolError
 
 log = logging.getLogger(__name__)
 
-OPT_OUT = "kvtc"
-"""``kv_transfer_params={"kvtc": "off"}`` of a request: neither stored nor loaded."""
 
-
-def opted_out(request: Any) -> bool:
-    """Whether the leader must not see the request. An unknown value opts out, too: it must not crash a server."""
-    wish = (request.kv_transfer_params or {}).get(OPT_OUT, "on")
-    if wish not in ("on", "off"):
-        log.warning(
-            "request %s: kv_transfer_params.%s is %r; 'on' and 'off' are known", request.request_id, OPT_OUT, wish
-        )
+def _is_hidden(request: Any) -> bool:
+    """Whether the leader must not see the request."""
     unhashable = getattr(request, "mm_features", None) or getattr(request, "prompt_embeds", None) is not None
-    return wish != "on" or bool(unhashable)
+    return bool(unhashable) or opted_out(request.kv_transfer_params, request.request_id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +97,7 @@ class Leader(KvConnectorLeader):
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         request_id = request.request_id
-        if request_id in self._unseen or opted_out(request):
+        if request_id in self._unseen or _is_hidden(request):
             self._unseen.add(request_id)
             return 0, False
         asked = self._asked.get(request_id)

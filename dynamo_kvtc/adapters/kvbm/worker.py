@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection
 
 import zmq
 
+from dynamo_kvtc.adapters.engine_model import EMPTY_STEP_SECONDS
 from dynamo_kvtc.adapters.kvbm._compat import Endpoints
 from dynamo_kvtc.adapters.kvbm.actions import Action, Answer, Capacity, Demotion
 from dynamo_kvtc.adapters.kvbm.ledger import Ledger
@@ -30,8 +31,6 @@ from dynamo_kvtc.errors import ConfigError, EngineError, EngineTimeoutError, Kvt
 
 log = logging.getLogger(__name__)
 
-EMPTY_STEP_SECONDS = 0.002
-"""An engine that asks again sooner has run no model since."""
 _LONGEST_WAIT_SECONDS = 1.0
 _SEND_SECONDS = 5.0
 _LINGER_MS = 1000

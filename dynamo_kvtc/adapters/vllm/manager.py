@@ -24,18 +24,12 @@ from vllm.v1.kv_offload.base import (
     RequestOffloadingContext,
 )
 
-from dynamo_kvtc.adapters.engine_model import PREFIX
+from dynamo_kvtc.adapters.engine_model import EMPTY_STEP_SECONDS, PREFIX, opted_out
 from dynamo_kvtc.adapters.vllm._compat import end_position, end_positions, medium, sequence_tokens
 from dynamo_kvtc.adapters.vllm.shared import Shared
 from dynamo_kvtc.tier.transcode import Promise
 
-OPT_OUT = "kvtc"
-"""``kv_transfer_params={"kvtc": "off"}`` of a request: neither stored nor loaded."""
 REFRESH_SECONDS = 1.0
-EMPTY_STEP_SECONDS = 0.002
-"""A step that took less ran no model: the scheduler is only asking again. It then waits this long for an answer, or
-a load, so that it does not keep the interpreter from the thread that works on it. On a CPU the model runs on the
-scheduler's own thread, so it is that thread's time that counts: a busy machine makes empty steps long."""
 ANSWER_SECONDS = 10.0
 """How long a request may wait for its promises: a thread that hangs must not hang it."""
 PROMISED_BYTES = 4 << 30
@@ -96,6 +90,7 @@ class Manager(OffloadingManager):
         assert shared.tier is not None
         self._shared, self._tier, self._block_tokens = shared, shared.tier, block_tokens
         self._lock = threading.Condition()
+        # On a CPU the model runs on the scheduler's own thread: a busy machine would make empty steps long.
         self._clock = time.thread_time if self._tier.transcoder.staged_is_free else time.monotonic
         self._step_ended = 0.0
         self._requests: dict[str, _Request] = {}
@@ -106,7 +101,7 @@ class Manager(OffloadingManager):
 
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
         with self._lock:
-            self._requests[req_context.req_id] = _Request(_opted_out(req_context))
+            self._requests[req_context.req_id] = _Request(opted_out(req_context.kv_transfer_params, req_context.req_id))
         return RequestOffloadingContext()
 
     def lookup(self, key: bytes, req_context: Any) -> LookupResult:
@@ -259,7 +254,9 @@ class Manager(OffloadingManager):
         with self._lock:
             found = self._requests.get(req_context.req_id)
             if found is None:
-                found = self._requests[req_context.req_id] = _Request(_opted_out(req_context))
+                found = self._requests[req_context.req_id] = _Request(
+                    opted_out(req_context.kv_transfer_params, req_context.req_id)
+                )
             return found
 
     def _ask(self, request: _Request) -> None:
@@ -318,16 +315,6 @@ class Manager(OffloadingManager):
                     self._promised_blocks += 1
                 else:
                     request.refused.add(key)
-
-
-def _opted_out(req_context: Any) -> bool:
-    """An unknown value opts out, too: it must not crash a server."""
-    wish = (req_context.kv_transfer_params or {}).get(OPT_OUT, "on")
-    if wish not in ("on", "off"):
-        log.warning(
-            "request %s: kv_transfer_params.%s is %r; 'on' and 'off' are known", req_context.req_id, OPT_OUT, wish
-        )
-    return wish != "on"
 
 
 def _first_run(

@@ -174,7 +174,7 @@ def _tier() -> Any:
     """Of the one engine in this process."""
     from dynamo_kvtc.adapters.vllm import shared
 
-    return next(iter(shared._engines.values())).tier
+    return shared.engines.all()[0].tier
 
 
 def _page_bytes(engine: Any) -> int:

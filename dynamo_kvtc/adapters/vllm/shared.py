@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from typing import Any
 
-from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.adapters.registry import Registry
 from dynamo_kvtc.tier.metrics import TierMetrics
 from dynamo_kvtc.tier.options import TierOptions
 from dynamo_kvtc.tier.tier import Tier
@@ -81,32 +81,4 @@ class Shared:
         self._stats.append(what)
 
 
-_engines: dict[str, Shared] = {}
-_lock = threading.Lock()
-
-
-def publish(engine_id: str, shared: Shared) -> None:
-    """Of the worker, once its tier is open. Raises ConfigError if that engine has one."""
-    with _lock:
-        old = _engines.get(engine_id)
-        if old is not None and old.tier is not None and not old.tier.closed:
-            raise ConfigError(f"engine {engine_id} has a tier already; one worker a process is supported")
-        _engines[engine_id] = shared
-
-
-def find(engine_id: str) -> Shared:
-    """Of the scheduler. Raises ConfigError if the worker is in another process."""
-    with _lock:
-        shared = _engines.get(engine_id)
-    if shared is None:
-        raise ConfigError(
-            "the scheduler finds no tier in its process: scheduler and worker must share one; set "
-            "--distributed-executor-backend uni (one GPU)"
-        )
-    return shared
-
-
-def withdraw(engine_id: str, shared: Shared) -> None:
-    with _lock:
-        if _engines.get(engine_id) is shared:
-            del _engines[engine_id]
+engines = Registry[Shared]()

@@ -14,15 +14,15 @@ from vllm.v1.kv_offload.base import (
     OffloadingWorker,
 )
 
-from dynamo_kvtc.adapters.engine_model import PREFIX, model_of, share_the_interpreter
+from dynamo_kvtc.adapters.engine_model import PREFIX, check_served, model_of, share_the_interpreter
 from dynamo_kvtc.adapters.vllm._compat import KNOWS_SEQUENCES, RELEASE, EngineFacts, facts
 from dynamo_kvtc.adapters.vllm.layout import pages_of
 from dynamo_kvtc.adapters.vllm.manager import Manager
 from dynamo_kvtc.adapters.vllm.options import parse_options
-from dynamo_kvtc.adapters.vllm.shared import Shared, find, publish
+from dynamo_kvtc.adapters.vllm.shared import Shared, engines
 from dynamo_kvtc.adapters.vllm.worker import Worker
 from dynamo_kvtc.codec.artifact import load_artifact
-from dynamo_kvtc.errors import ConfigError, UnsupportedModelError
+from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.tier.build import open_tier
 from dynamo_kvtc.tier.identity import EngineCache
 from dynamo_kvtc.tier.metrics import BUCKETS, COUNTERS, GAUGES, HISTOGRAMS, describe
@@ -67,7 +67,7 @@ class KvtcOffloadingSpec(OffloadingSpec):
                 options, cache, pages, artifact, shared.metrics, shared.on_moved, shared.on_removed
             )  # fmt: skip
             share_the_interpreter()
-            publish(engine.engine_id, shared)
+            engines.publish(engine.engine_id, shared)
             self._worker = Worker(shared, engine.engine_id)
             log.info(
                 "kvtc tier: %s, %d blocks of %d tokens on the engine's side", options, pages.blocks, cache.block_tokens
@@ -76,22 +76,13 @@ class KvtcOffloadingSpec(OffloadingSpec):
 
     def get_manager(self) -> OffloadingManager:
         if self._manager is None:
-            self._manager = Manager(find(self._facts.engine_id), self._facts.block_tokens)
+            self._manager = Manager(engines.find(self._facts.engine_id), self._facts.block_tokens)
         return self._manager
 
 
 def check_engine(engine: EngineFacts, options: TierOptions) -> None:
     """Raises ConfigError or UnsupportedModelError for what the adapter cannot serve right."""
-    if engine.world_size != 1:
-        raise ConfigError(
-            f"the engine has {engine.world_size} workers; scheduler and worker must share a process: 1 is supported "
-            "(tensor and pipeline parallelism: use the KVBM adapter)"
-        )
-    if len(engine.groups) != 1:
-        raise UnsupportedModelError(
-            f"the engine's cache has {len(engine.groups)} groups (hybrid attention: their layers share pages under "
-            "different block ids); one group is supported: a model with full attention in every layer"
-        )
+    check_served(engine.world_size, len(engine.groups))
     if engine.blocks_per_chunk != 1:
         raise ConfigError(f"the engine offloads {engine.blocks_per_chunk} blocks at once; 1 is supported")
     if (options.min_tokens or options.window) and not KNOWS_SEQUENCES:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from vllm.v1.kv_offload.base import GPULoadStoreSpec, OffloadingWorker, TransferResult
 
 from dynamo_kvtc.adapters.vllm.manager import LoadPromises, StoreKeys
-from dynamo_kvtc.adapters.vllm.shared import Shared, withdraw
+from dynamo_kvtc.adapters.vllm.shared import Shared, engines
 from dynamo_kvtc.errors import EngineProtocolError, EngineTimeoutError
 from dynamo_kvtc.tier.transcode import Block
 
@@ -83,7 +83,7 @@ class Worker(OffloadingWorker):
     def shutdown(self) -> None:
         if not self._tier.close(self._shared.options.close_seconds):
             log.warning("the tier was closed before all that was stored was where it belongs")
-        withdraw(self._engine_id, self._shared)
+        engines.withdraw(self._engine_id, self._shared)
 
     def _blocks(self, pages: GPULoadStoreSpec, keys: list[bytes], firsts: list[int] | None) -> list[Block]:
         ids = [int(i) for i in pages.block_ids]

@@ -1,24 +1,6 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-
-from tests.engines import require
-
-
-@pytest.fixture(scope="session")
-def model(request) -> Path:
-    # Before the model is unpacked for nothing.
-    require("vllm")
-    return request.getfixturevalue("smollm2_dir")
-
-
-@pytest.fixture(scope="session")
-def any_artifact(model, tmp_path_factory) -> Path:
-    from tests.adapters.vllm.artifacts import any_artifact
-
-    return any_artifact(model, tmp_path_factory.mktemp("artifact") / "any.safetensors")
 
 
 @pytest.fixture

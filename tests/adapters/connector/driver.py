@@ -44,7 +44,7 @@ class Driver:
         self.llm = engine_driver.engine(model, config, more.pop("device_blocks", 96), **more)
         from dynamo_kvtc.adapters.connector import node
 
-        self.node = next(iter(node._nodes.values()))
+        self.node = node.engines.all()[0]
 
     def run(self, prompts: list[list[int]], tokens: int = 16, params: Any = None) -> list[Any]:
         return engine_driver.run(self.llm, prompts, tokens, params)

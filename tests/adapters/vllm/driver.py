@@ -46,7 +46,7 @@ def shared() -> Any:
     """What both sides of this process's last engine share."""
     from dynamo_kvtc.adapters.vllm import shared as module
 
-    return list(module._engines.values())[-1]
+    return module.engines.all()[-1]
 
 
 def counted(names: dict[str, tuple[str, ...]]) -> dict[str, float]:
