@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -24,12 +23,12 @@ from dynamo_kvtc.codec.paged import Blocks, PagedCodec
 from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.codec.policy import ExactCounts
 from dynamo_kvtc.codec.record import Record, claimed_position
+from dynamo_kvtc.codec.warm import compile_all
 from dynamo_kvtc.errors import ConfigError, RecordCorruptError, RecordError, RecordMismatchError
 from dynamo_kvtc.store import Lease
 from dynamo_kvtc.tier.transcode import Block, GroupDecoder, Promise, Put
 
 _ALIGNMENT = 16
-_WARM_BLOCKS = 32
 _PROVERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 """Threads that check records' checksums on the host."""
 SCRATCH_BYTES = 96 << 20
@@ -184,28 +183,8 @@ class CudaTranscoder:
         return out
 
     def warm(self) -> None:
-        """Compiles what is needed, so that no request waits for it: some pages are coded, decoded, and put back."""
-        cache = self._codec.cache
-        # Whatever lies there may have to be kept exact: twice the raw bytes hold it.
-        most = min(_WARM_BLOCKS, cache.slots // self.block_tokens, len(self._out) // (2 * self.raw_block_bytes))
-        if not most:
-            return
-        kept = [view[:most].clone() for views in (cache.k, cache.v) for view in views]
-        for views in (cache.k, cache.v):
-            for view in views:
-                view[:most] = 0
-        if self._cuda:
-            torch.cuda.current_stream(self._device).synchronize()
-        # With sinks and without: how many tokens are coded, and whether by 16, decides what is compiled.
-        for n, first in product(sorted({1, most}), (0, 1)):
-            blocks = self._blocks([Block(b"", i, self.block_tokens * (first + i)) for i in range(n)])
-            encoded = self._codec.encode(blocks, self._out, 0)
-            encoded.finish()
-            self._codec.decode(self._out, encoded.offsets, encoded.sizes, blocks).finish()
-        for view, before in zip((view for views in (cache.k, cache.v) for view in views), kept, strict=True):
-            view[:most] = before
-        if self._cuda:
-            torch.cuda.current_stream(self._device).synchronize()
+        """Before anything uses the pages: compiles what loads and stores will need."""
+        compile_all(self._codec, self._out)
 
     def close(self) -> None:
         self._provers.shutdown()

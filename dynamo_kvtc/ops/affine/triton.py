@@ -108,7 +108,7 @@ def _value(values, at, mask, EXACT: tl.constexpr):
     return v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _fit_kernel(
     values, stats, run_index, first, kind, count, total, runs, columns,
     THIRD: tl.constexpr, FIFTEENTH: tl.constexpr, HALF_OF_448: tl.constexpr,
@@ -290,7 +290,7 @@ def _valid_kernel(data, out, runs, stride, codes_at, digits_at, width, padding_s
     tl.store(out + token, (tl.max(bad, axis=0) == 0).to(tl.uint8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"], do_not_specialize_on_alignment=["block_start"])
 def _planes_kernel(
     data, planes, block_start, tiles, width, stride, TOKENS: tl.constexpr, BYTES: tl.constexpr, BACK: tl.constexpr
 ):

@@ -92,7 +92,7 @@ def _times(a, b):
     return out
 
 
-@triton.jit(do_not_specialize=["n", "max_size"])
+@triton.jit(do_not_specialize=["n", "max_size"], do_not_specialize_on_alignment=["size"])
 def _start_kernel(size, crc, tables, n, max_size: tl.int64, BLOCK: tl.constexpr):
     """crc = what a range of that many zeros has."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -152,7 +152,10 @@ def _store_row(words, address, first, last, whole, COLUMNS: tl.constexpr):
             tl.store(pointer + at + b, (words >> (8 * b)).to(tl.int8), mask=own)
 
 
-@triton.jit(do_not_specialize=["source_base", "target_base", "max_size", "chunks"])
+@triton.jit(
+    do_not_specialize=["source_base", "target_base", "max_size", "chunks"],
+    do_not_specialize_on_alignment=["source_start", "size", "target_start"],
+)
 def _copy_kernel(
     source_start, size, target_start, crc, tables,
     source_base: tl.int64, target_base: tl.int64, max_size: tl.int64, chunks,

@@ -23,7 +23,7 @@ def _measure(lengths, skip, first, counts, out, S: tl.constexpr, LANES: tl.const
     tl.store(out + block * 4 + 3, tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["base"])
 def _write(lengths, skip, first, counts, parameters, base, target, word_at, S: tl.constexpr, LANES: tl.constexpr,
            TOKENS: tl.constexpr):  # fmt: skip
     """Head, lengths and parameters of a block's payload at byte base[block] of target; where each lane's words go."""
@@ -63,7 +63,7 @@ def _write(lengths, skip, first, counts, parameters, base, target, word_at, S: t
     tl.store(word_at + begin.to(tl.int64) * S + lane, word.to(tl.int64), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lanes"])
 def _copy_words(words, stride, cap, lengths, word_at, target, lanes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The last ``length`` words of each lane's row to its place in target (16-bit words)."""
     lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -77,7 +77,7 @@ def _copy_words(words, stride, cap, lengths, word_at, target, lanes, ROWS: tl.co
         tl.store(place[:, None] + k[None, :], tl.load(source[:, None] + k[None, :], mask=mask, other=0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["base", "size", "crc", "expected"])
 def _read(data, base, size, crc, expected, first, counts, status, shrink, starts, lengths, factors, offsets, top,
           stride_starts, stride_lengths, stride_factors, stride_offsets,
           NEUTRAL: tl.constexpr, CLASSES: tl.constexpr, S: tl.constexpr, LANES: tl.constexpr,
@@ -131,7 +131,7 @@ def _read(data, base, size, crc, expected, first, counts, status, shrink, starts
         tl.atomic_cas(status + block, 0, tl.where(before == 0, 2, before))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def _judge(bad, stride, groups, first, counts, status, slots, chosen, S: tl.constexpr, LANES: tl.constexpr,
            TOKENS: tl.constexpr):  # fmt: skip
     """status = 3 for a block with a bad lane; then chosen of its tokens."""
@@ -154,7 +154,7 @@ def _judge(bad, stride, groups, first, counts, status, slots, chosen, S: tl.cons
     tl.store(chosen + begin + t, tl.where(after == 0, slot, -1), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _select(status, block_of, slots, chosen, tokens, BLOCK: tl.constexpr):
     """chosen = slot for tokens of sound blocks, -1 for the others."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -163,7 +163,7 @@ def _select(status, block_of, slots, chosen, tokens, BLOCK: tl.constexpr):
     tl.store(chosen + t, tl.where(good, tl.load(slots + t, mask=here, other=-1), -1), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["crc", "expected"])
 def _verify(crc, expected, status, blocks, BLOCK: tl.constexpr):
     """status = 1 for a sound block whose checksum differs."""
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -142,7 +142,7 @@ def _gather_part(
     tl.store(saturated + t, 1, mask=in_t & (tl.max(worst, axis=1) > 2 * _LIMIT))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "room", "first_layer"])
 def _gather_fixed(
     addresses, slots, cos, sin, mean, gain, wide_slot, wide_heads, low, high, energy, saturated,
     tokens, room, first_layer, layers, wide, ld_low, ld_high, stride_block, stride_head, stride_token, scale,
@@ -175,7 +175,7 @@ def _gather_fixed(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "room", "first_layer"])
 def _scatter_rows(
     addresses, slots, rows, cos, sin, keep,
     tokens, room, first_layer, layers, ld_rows, stride_block, stride_head, stride_token, scale,
@@ -206,7 +206,7 @@ def _scatter_rows(
     tl.store(to, _from_float(x, KIND, TOP), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room", "size", "first_layer"], do_not_specialize_on_alignment=["base"])
 def _move_exact(
     addresses, slots, base, index, count, buffer,
     room, size, first_layer, stride_block, stride_head, stride_token,

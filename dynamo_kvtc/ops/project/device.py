@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -257,6 +258,17 @@ def synthesise_into_pages(
     _check_operand("narrow", narrow, torch.int8)
     _check_operand("wide", wide, torch.float16)
     kernels.synthesise(narrow, wide, basis, factors, cos, sin, pages, slots)
+
+
+def each_tile(device: torch.device) -> Iterator[None]:
+    """Repeats a loop's body for every form that products on a device come in, whatever their size: for whoever compiles
+    ahead. Products of other threads get that form, too, meanwhile; they are as right."""
+    if device.type != "cuda":
+        yield
+        return
+    from dynamo_kvtc.ops.project import triton as kernels
+
+    yield from kernels.each_tile()
 
 
 def _check_operand(name: str, x: Tensor, dtype: torch.dtype) -> None:

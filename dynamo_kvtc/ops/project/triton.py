@@ -5,6 +5,8 @@ Tiles are read through tensor descriptors by persistent programs, one per multip
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +40,7 @@ def _place(tile, rows, columns, GROUP: tl.constexpr):
     return first + tile % per % size, tile % per // size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "programs"])
 def _analyse(a1, a2, b1, b2, c, tokens, components, k1, k2, stride_a1, stride_a2, stride_b1, stride_b2, stride_c,
              programs, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
              HIGH: tl.constexpr):  # fmt: skip
@@ -84,7 +86,7 @@ def analyse(low: Tensor, high: Tensor, b_low: Tensor, b_high: Tensor, out: Tenso
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _combine(products, out, tokens, rank, BLOCK: tl.constexpr):
     """Coefficients from products of limbs: rows of the inputs' low limbs, then high; columns of high ones, then low."""
     token = tl.program_id(0).to(tl.int64)
@@ -97,7 +99,7 @@ def _combine(products, out, tokens, rank, BLOCK: tl.constexpr):
     tl.store(out + token * rank + j, (hh * 65536 + (hl + lh) * 256 + ll).to(tl.float64), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _square_sums(inputs, out, tokens, columns, stride, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     low, high = inputs + token * stride, inputs + (token + tokens) * stride
@@ -134,7 +136,7 @@ def _in_order(x, BM: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr):
     return tl.reshape(tl.permute(tl.reshape(x, [BM, COLUMNS // (4 * RUN), RUN, 4]), (0, 1, 3, 2)), [BM, COLUMNS])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "first_layer", "layers", "first_head", "programs"])
 def _synthesise(narrow, wide, b_narrow, b_wide, tokens, channels, k_narrow, k_wide, stride_narrow, stride_wide,
                 stride_bn, stride_bw, narrow_unit, factors, synthesis, mean, cos, sin, addresses, slots, first_layer,
                 layers, heads, first_head, block_tokens, stride_block, stride_head, stride_token, programs,
@@ -249,6 +251,19 @@ def synthesise(
 _TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+_only: tuple[int, int, int, int, int] | None = None
+
+
+def each_tile() -> Iterator[None]:
+    """See ``ops.project.device.each_tile``."""
+    global _only
+    try:
+        for _only in (TILE, SMALL_TILE):
+            yield
+    finally:
+        _only = None
+
+
 def _tile(tokens: int, columns: int, like: Tensor) -> tuple[tuple[int, int, int, int, int], int]:
     """The tile and how many programs share the work."""
     if not like.is_cuda:
@@ -258,5 +273,5 @@ def _tile(tokens: int, columns: int, like: Tensor) -> tuple[tuple[int, int, int,
     units = torch.cuda.get_device_properties(like.device).multi_processor_count
     tiles = triton.cdiv(tokens, TILE[0]) * triton.cdiv(columns, TILE[1])
     busy = tiles / (triton.cdiv(tiles, units) * units)
-    tile = TILE if busy > _BUSY else SMALL_TILE
+    tile = _only or (TILE if busy > _BUSY else SMALL_TILE)
     return tile, min(units, triton.cdiv(tokens, tile[0]) * triton.cdiv(columns, tile[1]))

@@ -240,7 +240,7 @@ def decode_symbols_kernel(
     _close(bad, lane, exists, active, broken, x, p, end)
 
 
-@triton.jit(do_not_specialize=["total", "row", "tokens", "top", "alphabet"])
+@triton.jit(do_not_specialize=["total", "row", "tokens", "top", "alphabet"], do_not_specialize_on_alignment=["places"])
 def decode_levels_kernel(
     words, total, starts, lengths, offsets, factors, bad, stride_starts, stride_lengths, stride_offsets, stride_factors,
     stride_bad, places, row, lut, coarse, slots, shift, tokens, top, alphabet, BLOCK: tl.constexpr, S: tl.constexpr,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _rotations(positions, c0, s0, c1, s1, c2, s2, cos, sin, total, n, B0: tl.constexpr, B1: tl.constexpr,
                B2: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
