@@ -142,12 +142,13 @@ class Decoder(ABC):
         section starts in what ``_receive`` returns, even numbers."""
 
     @abstractmethod
-    def _receive(self, g: int, turn: int, sent: Sent, together: bool) -> Tensor:
-        """Blocks whose section is not what its checksum says get a status; returns the memory to read sections from.
+    def _receive(self, g: int, turn: int, sent: Sent, together: bool) -> tuple[Tensor, slice]:
+        """Blocks whose section is not what its checksum says get a status; returns the memory to read sections from,
+        and the layer groups that this was found out of.
 
         turn: where in the ring the records are.
         together: records stay in the ring, and rows are the chunk's own, until all layer groups are done: those after g
-            may be seen to at once.
+            may be seen to at once, and none is left when it is their turn.
         """
 
     @abstractmethod
@@ -295,15 +296,16 @@ class Decoder(ABC):
     def _group(self, g: int, sent: Sent, turn: int, together: bool) -> None:
         """One layer group of one chunk, whose records are in the ring."""
         codec = self._codec
-        source = self._receive(g, turn, sent, together)
+        source, seen = self._receive(g, turn, sent, together)
         if sent.coded:
             self._coded(g, turn, sent)
-        if sent.exact:
-            arrays, chosen = sent.of(g), self._exact_slots[: sent.exact]
+        groups = codec.artifact.manifest.groups[seen]
+        if sent.exact and groups:
+            arrays, chosen = sent.arrays, self._exact_slots[: sent.exact]
             lanes.select(sent.status, arrays["exact_block"], arrays["exact_slots"], chosen)
             scatter_exact(
-                codec.cache, codec.artifact.manifest.groups[g], chosen, arrays["exact_base"], arrays["index"],
-                arrays["count"], source,
+                codec.cache, groups, chosen, sent.by_group["exact_base"][seen], arrays["index"], arrays["count"],
+                source,
             )  # fmt: skip
             codec.mark("exact")
         if self._cuda:

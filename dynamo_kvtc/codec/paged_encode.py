@@ -285,12 +285,12 @@ class Encoder(ABC):
             }
         )  # fmt: skip
         codec.mark("encode")
-        for g, layers in enumerate(self._groups):
-            if len(kept):
-                gather_exact(
-                    codec.cache, layers, sent["slots"], sent["exact_base"][g], sent["index"], sent["count"],
-                    self._staging,
-                )  # fmt: skip
+        if len(kept):
+            gather_exact(
+                codec.cache, self._groups, sent["slots"], sent["exact_base"], sent["index"], sent["count"],
+                self._staging,
+            )  # fmt: skip
+        for g in range(len(self._groups)):
             self._payloads(g, chunk, part, tokens, sent, int(payloads[:, g].max()))
         codec.mark("pack")
         if self._left is not None:

@@ -138,13 +138,13 @@ class KvtcDecoder(Decoder):
         room = np.where(coded.short, 1, coded.section - coded.exact)
         return {"payload": coded.where + coded.exact, "room": room}, coded.where
 
-    def _receive(self, g: int, turn: int, sent: Sent, together: bool) -> Tensor:
+    def _receive(self, g: int, turn: int, sent: Sent, together: bool) -> tuple[Tensor, slice]:
         """Levels and where they go of layer group g, or of more at once: more lanes side by side, and fewer launches.
         Where one group's lanes are many, the first group is not kept waiting for the others."""
         codec, ring, split, n, status = self._codec, self._ring[turn], self._lanes, sent.coded, sent.status
         apart = n * split >= MANY_LANES
         if together and g > apart:
-            return ring
+            return ring, slice(g, g)
         last = len(self._point.groups) if together and g == apart else g + 1
         own = slice(g, last)
         rows, lane = slice(sent.row, sent.row + n), slice(sent.row * split, (sent.row + n) * split)
@@ -170,7 +170,7 @@ class KvtcDecoder(Decoder):
             chosen = self._chosen[rows]
             lanes.judge(bad, blocks["first"], blocks["counts"], status, blocks["slots"], chosen, split, sent.longest)
         codec.mark("rANS")
-        return ring
+        return ring, own
 
     def _coded(self, g: int, turn: int, sent: Sent) -> None:
         group, rows = self._point.groups[g], slice(sent.row, sent.row + sent.coded)

@@ -125,6 +125,10 @@ class Store(ABC):
     def contains(self, key: bytes) -> bool:
         """Whether it is here; neither a hit nor a use."""
 
+    def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """``contains`` of each."""
+        return [self.contains(key) for key in keys]
+
     @abstractmethod
     def touch(self, keys: Iterable[bytes]) -> int:
         """Marks them as just used, the last one last; how many of them are here."""

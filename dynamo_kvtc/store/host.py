@@ -19,7 +19,7 @@ import logging
 import mmap
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from types import TracebackType
 from typing import Any
@@ -166,24 +166,35 @@ class HostStore(Store):
         return Reservation(self, key, slot, offset, self._view[offset : offset + nbytes])
 
     def get(self, key: bytes) -> Lease | None:
-        return self._look(key, 1)
+        return self._look([key], 1)[0]
 
     def peek(self, key: bytes) -> Lease | None:
         """As ``get``, but a miss is not counted: for what need not be here."""
-        return self._look(key, 0)
+        return self._look([key], 0)[0]
 
-    def _look(self, key: bytes, miss: int) -> Lease | None:
+    def get_many(self, keys: Sequence[bytes]) -> list[Lease | None]:
+        return self._look(keys, 1)
+
+    def _look(self, keys: Sequence[bytes], miss: int) -> list[Lease | None]:
+        found: list[tuple[int, int, int] | None] = []
         with self._lock:
             self._sweep()
-            shelf = self._shelf
-            slot = NONE if self._closed else shelf.slots.get(key, NONE)
-            if slot == NONE:
-                self._counts["misses"] += miss
-                return None
-            self._counts["hits"] += 1
-            shelf.pin(slot)
-            offset, size = self._offset(slot), shelf.nbytes[slot]
-        return Lease(self._view[offset : offset + size], offset, slot, self._unpin, self._waste)
+            shelf, closed = self._shelf, self._closed
+            for key in keys:
+                slot = NONE if closed else shelf.slots.get(key, NONE)
+                if slot == NONE:
+                    found.append(None)
+                    continue
+                shelf.pin(slot)
+                found.append((slot, self._offset(slot), shelf.nbytes[slot]))
+            misses = found.count(None)
+            self._counts["misses"] += miss * misses
+            self._counts["hits"] += len(keys) - misses
+        view, unpin, waste = self._view, self._unpin, self._waste
+        return [
+            None if place is None else Lease(view[place[1] : place[1] + place[2]], place[1], place[0], unpin, waste)
+            for place in found
+        ]
 
     def held(self) -> list[tuple[bytes, int]]:
         """(key, bytes) of all records but the spare ones."""
@@ -200,6 +211,10 @@ class HostStore(Store):
     def contains(self, key: bytes) -> bool:
         with self._lock:
             return not self._closed and key in self._shelf.slots
+
+    def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        with self._lock:
+            return [not self._closed and key in self._shelf.slots for key in keys]
 
     def touch(self, keys: Iterable[bytes]) -> int:
         with self._lock:

@@ -52,6 +52,9 @@ class PlacedStore(TieredStore):
         tier = self._of(key)
         return self._place(key) if tier is not None and tier.contains(key) else None
 
+    def tiers_of(self, keys: Sequence[bytes]) -> list[str | None]:
+        return [self.tier_of(key) for key in keys]
+
     def stats(self) -> StoreStats:
         """As ``TieredStore``'s; evictions: from either."""
         return replace(super().stats(), evictions=sum(tier.stats().evictions for tier in self._tiers()))

@@ -81,7 +81,7 @@ class TieredStore(Store):
 
     def get_many(self, keys: Sequence[bytes]) -> list[Lease | None]:
         host = self.host
-        leases: list[Lease | None] = [None] * len(keys) if host is None else [host.get(key) for key in keys]
+        leases: list[Lease | None] = [None] * len(keys) if host is None else host.get_many(keys)
         missing = [i for i, lease in enumerate(leases) if lease is None]
         if self.disk is not None and missing:
             for i, lease in zip(missing, self.disk.get_many([keys[i] for i in missing]), strict=True):
@@ -100,6 +100,14 @@ class TieredStore(Store):
         if self.host is not None and self.host.contains(key):
             return "host"
         return "disk" if self.disk is not None and self.disk.contains(key) else None
+
+    def tiers_of(self, keys: Sequence[bytes]) -> list[str | None]:
+        """``tier_of`` each."""
+        above = [False] * len(keys) if self.host is None else self.host.contains_many(keys)
+        return [
+            "host" if here else "disk" if self.disk is not None and self.disk.contains(key) else None
+            for key, here in zip(keys, above, strict=True)
+        ]
 
     def held(self) -> list[tuple[bytes, str, int]]:
         """(key, best tier, bytes) of all records that are whole in a tier."""

@@ -30,6 +30,7 @@ from dynamo_kvtc.tier.overlay import Overlay
 from dynamo_kvtc.tier.transcode import Block, Promise, Transcoder
 from dynamo_kvtc.tier.work import Work
 
+_LOOKED_UP = 64
 LOADS_WAITING = 4096
 """Loads and promises that wait at most; more are refused."""
 
@@ -84,12 +85,13 @@ class Tier:
 
     def lookup(self, keys: Sequence[bytes]) -> list[str]:
         """Of the longest prefix of keys that is held, each block's tier, "host" or "disk"."""
-        out = []
-        for key in keys:
-            tier = self._store.tier_of(key)
-            if tier is None:
-                break
-            out.append(tier)
+        out: list[str] = []
+        # Not all at once: most that are asked for are not here, from the first one on.
+        for start in range(0, len(keys), _LOOKED_UP):
+            for tier in self._store.tiers_of(keys[start : start + _LOOKED_UP]):
+                if tier is None:
+                    return out
+                out.append(tier)
         return out
 
     def worth(self, tiers: Sequence[str]) -> bool:
@@ -97,8 +99,8 @@ class Tier:
         n = self.transcoder.block_tokens
         if not tiers or self._estimate.worth({t: n * tiers.count(t) for t in set(tiers)}):
             return True
-        for tier in tiers:
-            self.metrics.count("kvtc_lookup_blocks", 1, "declined", tier)
+        for tier in set(tiers):
+            self.metrics.count("kvtc_lookup_blocks", tiers.count(tier), "declined", tier)
         return False
 
     def note_prefill(self, tokens: int, seconds: float) -> None:
@@ -120,14 +122,13 @@ class Tier:
         """Which blocks are to be stored: admitted by policy, not here and not on their way. Each call is a use.
         wanted: somebody is known to want them: policy has no say."""
         admitted = [True] * len(keys) if wanted else self._admission.admit(keys, sequence_tokens)
-        out = []
-        for key, yes in zip(keys, admitted, strict=True):
-            known = self._known(key)
-            self.metrics.count("kvtc_stored_blocks", known, "known")
-            self.metrics.count("kvtc_stored_blocks", not known and not yes, "not_admitted")
-            out.append(yes and not known)
+        known = self._known(keys)
+        self.metrics.count("kvtc_stored_blocks", sum(known), "known")
+        self.metrics.count(
+            "kvtc_stored_blocks", sum(not k and not yes for k, yes in zip(known, admitted, strict=True)), "not_admitted"
+        )
         self.touch(keys)
-        return out
+        return [yes and not k for k, yes in zip(known, admitted, strict=True)]
 
     def has_room(self, blocks: int) -> bool:
         """Whether the queue takes so many blocks now; what it does not take is counted as refused."""
@@ -296,11 +297,12 @@ class Tier:
         self.refresh()
         return self._store.close(timeout / 4) and all(ends)
 
-    def _known(self, key: bytes) -> bool:
+    def _known(self, keys: Sequence[bytes]) -> list[bool]:
+        """Whether each is here, or on its way."""
         with self._lock:
-            if key in self._coming:
-                return True
-        return self._store.contains(key)
+            coming = [key in self._coming for key in keys]
+        held = self._store.tiers_of(keys)
+        return [soon or tier is not None for soon, tier in zip(coming, held, strict=True)]
 
     def _arrived(self, blocks: Sequence[Block]) -> None:
         with self._lock:

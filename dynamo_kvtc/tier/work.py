@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,14 +91,17 @@ class Work:
             raise
         seconds = time.monotonic() - began
         out: dict[bytes, Promise] = {}
+        results: Counter[tuple[str, str]] = Counter()
         for (key, _, tier), promise in zip(leases, proven, strict=True):
             if isinstance(promise, Exception):
                 self.bad(key, promise, exact)
-                self.metrics.count("kvtc_lookup_blocks", not exact, "miss", tier)
+                results["miss", tier] += not exact
             else:
                 promise.exact = exact
                 out[key] = promise
-                self.metrics.count("kvtc_lookup_blocks", 1, "hit", tier)
+                results["hit", tier] += 1
+        for (result, tier), number in results.items():
+            self.metrics.count("kvtc_lookup_blocks", number, result, tier)
         if self.transcoder.staged_is_free:
             # Where a promise is decoded already.
             self.metrics.observe("kvtc_decode_seconds", seconds)
@@ -170,8 +174,7 @@ class Work:
 
     def _by_tier(self, keys: Sequence[bytes]) -> dict[str, list[bytes]]:
         out: dict[str, list[bytes]] = {}
-        for key in keys:
-            tier = self._store.tier_of(key)
+        for key, tier in zip(keys, self._store.tiers_of(keys), strict=True):
             if tier is not None:
                 out.setdefault(tier, []).append(key)
         return out

@@ -62,7 +62,6 @@ def test_nothing_is_compiled_later(profile):
             slots = (
                 torch.from_numpy(generator.permutation(pages)[:count])[:, None] * tokens + torch.arange(tokens)
             ).view(-1)
-            positions = slots.clone()
             exact = torch.from_numpy(generator.random(len(slots)) < 0.05)
             for asked in (None, exact):
                 encoded = codec.encode(Blocks.uniform(slots, slots, tokens, asked), arena, 0)

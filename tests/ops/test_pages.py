@@ -192,7 +192,7 @@ def test_exact_tokens_leave_as_sections_have_them_and_come_back(layout, dtype, h
     slots = random_slots(paged.cache, tokens, generator)
     base, index, count, size = records(tokens, LAYERS, paged.cache, generator)
     buffer = torch.full((size,), 0xA5, dtype=torch.uint8)
-    pages.gather_exact(paged.cache, LAYERS, slots, base, index, count, buffer)
+    pages.gather_exact(paged.cache, [LAYERS], slots, base[None], index, count, buffer)
     left = torch.ones(size, dtype=torch.bool)
     for start in base.unique().tolist():
         of = slots[base == start]
@@ -202,7 +202,7 @@ def test_exact_tokens_leave_as_sections_have_them_and_come_back(layout, dtype, h
     assert bool((buffer[left] == 0xA5).all())
 
     blank = Paged.of(torch.zeros_like(paged.memory), layout)
-    pages.scatter_exact(blank.cache, LAYERS, slots, base, index, count, buffer)
+    pages.scatter_exact(blank.cache, [LAYERS], slots, base[None], index, count, buffer)
     for mine, truth in zip(contiguous(blank.cache, slots), contiguous(paged.cache, slots), strict=True):
         assert same_bits(mine, truth)
     assert int((blank.memory != 0).sum()) <= tokens * blank.cache.channels(LAYERS)
@@ -216,27 +216,29 @@ def test_the_kernel_moves_the_same_exact_bytes(layout, dtype, heads, dim, pairs,
     generator = np.random.default_rng(case_seed())
     paged = Paged.random(layout, dtype, 4, 5, heads, 16, dim, generator)
     slots = random_slots(paged.cache, tokens, generator)
-    base, index, count, size = records(tokens, LAYERS, paged.cache, generator)
+    first, index, count, size = records(tokens, LAYERS, paged.cache, generator)
+    # A smaller group of the same records, behind the others.
+    groups, base, size = [LAYERS, (3, 4)], torch.stack([first, first + size]), 2 * size
     # A slot that is not there, a record that is cut off, one before the buffer, one at an odd byte. None may overlap:
     # on a GPU the order of their writes would decide.
     if tokens > 15:
         slots[2], slots[5] = -1, paged.cache.slots
-        base[base == base[9]] = -(2**40)
-        base[base == base[13]] += 1
+        base[:, first == first[9]] = -(2**40)
+        base[:, first == first[13]] += 1
     buffer = torch.full((size - 2 * dim,), 0xA5, dtype=torch.uint8)
     there = paged.on(kernel_device, layout)
     on = [x.to(kernel_device) for x in (slots, base, index, count)]
     mine = buffer.pin_memory() if pinned else buffer.to(kernel_device, copy=True)
-    reference.move_exact(paged.cache, LAYERS, slots, base, index, count, buffer, False)
-    kernels().move_exact(there.cache, LAYERS, *on, mine, False)
+    reference.move_exact(paged.cache, groups, slots, base, index, count, buffer, False)
+    kernels().move_exact(there.cache, groups, *on, mine, False)
     if kernel_device == "cuda":
         torch.cuda.synchronize()
     assert torch.equal(mine.cpu(), buffer)
 
     noise = torch.from_numpy(generator.integers(0, 256, len(buffer), dtype=np.uint8))
-    reference.move_exact(paged.cache, LAYERS, slots, base, index, count, noise, True)
+    reference.move_exact(paged.cache, groups, slots, base, index, count, noise, True)
     mine.copy_(noise)
-    kernels().move_exact(there.cache, LAYERS, *on, mine, True)
+    kernels().move_exact(there.cache, groups, *on, mine, True)
     # NaNs of any payload among them: compared as bytes.
     assert torch.equal(there.memory.cpu().view(torch.uint8), paged.memory.view(torch.uint8))
 
@@ -253,7 +255,7 @@ def test_no_tokens_at_all(kernel_device):
         cos = torch.empty(0, 4, device=kernel_device)
         module.gather_fixed(cache.cache, (0, 1), none, cos, cos, rope, inputs, out)
         module.scatter_rows(cache.cache, (0, 1), none, torch.empty(0, 16, device=kernel_device), cos, cos, rope, none)
-        module.move_exact(cache.cache, (0, 1), none, none, none, none, torch.empty(0, dtype=torch.uint8), False)
+        module.move_exact(cache.cache, [(0, 1)], none, none[None], none, none, torch.empty(0, dtype=torch.uint8), False)
 
 
 def test_slots_of_a_block_table():
@@ -353,15 +355,18 @@ def test_calls_are_refused_before_anything_is_touched():
     ]:
         with pytest.raises(ConfigError, match=told):
             pages.scatter_rows(cache, (0, 2), slots, bad_rows, cos, sin, rope, bad_keep)
-    base, index = slots * 2, slots.int()
+    base, index = slots[None] * 2, slots.int()
     buffer = torch.zeros(101, dtype=torch.uint8)
     for move in (pages.gather_exact, pages.scatter_exact):
         for bad, told in [
             ((slots, index, index, index, buffer), "base must be torch.int64"),
-            ((slots, base, base, index, buffer), "index must be torch.int32"),
+            ((slots, base, slots, index, buffer), "index must be torch.int32"),
             ((slots, base, index, index[:4], buffer), r"count must be torch.int32 \[5\]"),
             ((slots, base, index, index, buffer.to("meta")), "pinned"),
             ((slots, base, index, index, buffer[1:]), "odd address"),
         ]:
             with pytest.raises(ConfigError, match=told):
-                move(cache, (0, 2), *bad)
+                move(cache, [(0, 2)], *bad)
+        for groups in ([], [(1, 2), (0, 1)]):
+            with pytest.raises(ConfigError, match="follow each other"):
+                move(cache, groups, slots, base, index, index, buffer)

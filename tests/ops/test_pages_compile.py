@@ -21,7 +21,8 @@ STRIDES = ["stride_block", "stride_head", "stride_token"]
 WIDTHS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "i16"}
 POINTERS = {
     "addresses": "i64", "slots": "i64", "energy": "i64", "base": "i64", "wide_slot": "i32", "wide_heads": "i32",
-    "index": "i32", "count": "i32", "low": "i8", "high": "i8", "saturated": "u8", "keep": "u8", "buffer": "u8",
+    "index": "i32", "count": "i32", "groups": "i32", "low": "i8", "high": "i8", "saturated": "u8", "keep": "u8",
+    "buffer": "u8",
 }
 
 def ptx(name, **constants):

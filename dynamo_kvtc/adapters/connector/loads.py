@@ -224,10 +224,12 @@ class Load:
         groups = self._tier.by_group
         if groups is None:
             self._keep()
-            return self._tier.load(
-                blocks, lambda failed: self._loaded([i for i, b in enumerate(blocks) if b.key in set(failed)]),
-                fence=self._fence, deadline=self.deadline,
-            )  # fmt: skip
+
+            def done(failed: Collection[bytes]) -> None:
+                missing = set(failed)
+                self._loaded([i for i, b in enumerate(blocks) if b.key in missing])
+
+            return self._tier.load(blocks, done, fence=self._fence, deadline=self.deadline)
         for k, i in enumerate(self._pulled):
             if i < len(blocks) and i not in self._records:
                 assert self._pull is not None

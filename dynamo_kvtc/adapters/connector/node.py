@@ -33,7 +33,8 @@ class Node:
         self.router = RouterEvents(events)
         self.trace = Trace(options.trace)
         self._changed = threading.Condition()
-        self._changes = 0
+        self._changes = self._looked = 0
+        self._told: set[str] = set()
         self._failed: set[str] = set()
         self._storing: dict[str, int] = {}
         self._waited_for: set[str] = set()
@@ -45,13 +46,24 @@ class Node:
             self._changes += 1
             self._changed.notify_all()
 
-    def wait_change(self, seen: int, timeout: float) -> None:
+    def wait_change(self, timeout: float) -> None:
+        """Until something has changed that the worker has not looked at: what came in between is not waited for."""
         with self._changed:
-            self._changed.wait_for(lambda: self._changes != seen, timeout)
+            self._changed.wait_for(lambda: self._changes != self._looked, timeout)
 
-    @property
-    def changes(self) -> int:
-        return self._changes
+    def look(self) -> None:
+        """The worker is about to see what has changed."""
+        with self._changed:
+            self._looked = self._changes
+
+    def loads_told(self, requests: Collection[str]) -> None:
+        """The worker has said that these loads have ended; the scheduler hears of it a step or two later."""
+        self._told.update(requests)
+
+    def waits_for(self, loading: Collection[str]) -> bool:
+        """Whether any of these loads has yet to end. Forgets what the scheduler has heard of."""
+        self._told.intersection_update(loading)
+        return len(self._told) < len(loading)
 
     def load_failed(self, request: str) -> None:
         with self._changed:

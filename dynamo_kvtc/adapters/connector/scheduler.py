@@ -259,9 +259,9 @@ class Scheduler:
             self._node.router.name(state.keys[i], named)
 
     def _wait_a_little(self) -> None:
-        waiting = self._loading or any(s.asked and s.handed is None for s in self._states.values())
-        if waiting:
-            self._node.wait_change(self._node.changes, EMPTY_STEP_SECONDS)
+        asking = any(s.asked and s.handed is None for s in self._states.values())
+        if asking or self._node.waits_for(self._loading):
+            self._node.wait_change(EMPTY_STEP_SECONDS)
 
 
 def _rows(output: Any) -> list[tuple[str, list[int], int, bool]]:

@@ -73,11 +73,13 @@ class Worker:
         for request in gone:
             if request in self._running:
                 self._running[request].give_up()
+        self.node.look()
         for load in self._running.values():
             load.look()
         ended = {request for request, load in self._running.items() if load.ended}
         for request in ended:
             self._note(self._running.pop(request))
+        self.node.loads_told(ended)
         return self.node.take_freed(), ended
 
     def take_failed_blocks(self) -> set[int]:

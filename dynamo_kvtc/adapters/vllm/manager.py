@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,8 @@ from dynamo_kvtc.tier.transcode import Promise
 REFRESH_SECONDS = 1.0
 ANSWER_SECONDS = 10.0
 """How long a request may wait for its promises: a thread that hangs must not hang it."""
+PROMISE_SECONDS = 0.01
+"""How long an empty step waits for a promise."""
 PROMISED_BYTES = 4 << 30
 """Of memory that promises take; requests beyond it wait for theirs."""
 
@@ -65,10 +67,12 @@ class LoadPromises(LoadStoreSpec):
 
 @dataclass
 class _Request:
-    """wanted: keys asked for, not yet submitted; asked: submitted in this turn, no answer yet, given up at ``until``;
-    refused: answered no, for good; tail: our key and end of blocks stored as the sequence's tail (None: none yet)."""
+    """names: our keys of vLLM's; wanted: those asked for, not yet submitted; asked: submitted in this turn, no answer
+    yet, given up at ``until``; refused: answered no, for good; tail: our key and end of blocks stored as the sequence's
+    tail (None: none yet)."""
 
     off: bool
+    names: dict[bytes, bytes] = field(default_factory=dict)
     wanted: dict[bytes, bytes] = field(default_factory=dict)
     asked: dict[bytes, bytes] = field(default_factory=dict)
     promised: dict[bytes, Promise] = field(default_factory=dict)
@@ -78,6 +82,13 @@ class _Request:
     gone: bool = False
     turn: int = 0
     until: float = 0.0
+
+    def own(self, key: bytes, name: Callable[[bytes], bytes]) -> bytes:
+        """Our key of vLLM's, which names the same ones again and again."""
+        found = self.names.get(key)
+        if found is None:
+            found = self.names[key] = name(key)
+        return found
 
     def release(self) -> None:
         for promise in self.promised.values():
@@ -93,6 +104,7 @@ class Manager(OffloadingManager):
         # On a CPU the model runs on the scheduler's own thread: a busy machine would make empty steps long.
         self._clock = time.thread_time if self._tier.transcoder.staged_is_free else time.monotonic
         self._step_ended = 0.0
+        self._first_asked = 0.0
         self._requests: dict[str, _Request] = {}
         self._waiting = 0
         self._promised_blocks = 0
@@ -105,6 +117,8 @@ class Manager(OffloadingManager):
         return RequestOffloadingContext()
 
     def lookup(self, key: bytes, req_context: Any) -> LookupResult:
+        if not self._first_asked:
+            self._first_asked = self._clock()
         request = self._request(req_context)
         with self._lock:
             if request.off or key in request.refused:
@@ -116,7 +130,7 @@ class Manager(OffloadingManager):
                 return LookupResult.MISS
             if key in request.wanted or key in request.asked:
                 return LookupResult.RETRY
-        own = self._tier.key(key)
+        own = request.own(key, self._tier.key)
         if not self._tier.lookup([own]):
             if not request.missed:
                 request.missed = True
@@ -133,15 +147,17 @@ class Manager(OffloadingManager):
             wanting = [r for r in self._requests.values() if r.wanted and not r.asked]
         for request in wanting:
             self._ask(request)
-        if self._clock() - self._step_ended < EMPTY_STEP_SECONDS:
+        # What vLLM's own questions take, of a long request many milliseconds, is no model's time.
+        if (self._first_asked or self._clock()) - self._step_ended < EMPTY_STEP_SECONDS:
             self._wait_a_little()
-        self._step_ended = self._clock()
+        self._step_ended, self._first_asked = self._clock(), 0.0
 
     def _wait_a_little(self) -> None:
         with self._lock:
             waiting = self._waiting
             if waiting:
-                self._lock.wait_for(lambda: self._waiting < waiting, EMPTY_STEP_SECONDS)
+                # Longer: each time that vLLM asks again it asks for every block of the request.
+                self._lock.wait_for(lambda: self._waiting < waiting, PROMISE_SECONDS)
                 return
         with self._shared.loads_changed:
             loads = self._shared.loads
@@ -163,7 +179,8 @@ class Manager(OffloadingManager):
         return LoadPromises(promises)
 
     def touch(self, keys: Collection[bytes], req_context: Any) -> None:
-        self._tier.touch([self._tier.key(key) for key in keys])
+        request = self._request(req_context)
+        self._tier.touch([request.own(key, self._tier.key) for key in keys])
 
     def prepare_store(self, keys: Collection[bytes], req_context: Any) -> PrepareStoreOutput:
         """Blocks that the queue has no room for are skipped, and counted: a None would be asked for again in every
@@ -172,7 +189,7 @@ class Manager(OffloadingManager):
         request = self._request(req_context)
         if request.off:
             return PrepareStoreOutput([], StoreKeys([], None), [])
-        own = [self._tier.key(key) for key in listed]
+        own = [request.own(key, self._tier.key) for key in listed]
         admitted = self._tier.admit(own, sequence_tokens(req_context))
         chosen = [(key, mine) for key, mine, yes in zip(listed, own, admitted, strict=True) if yes]
         ends = [end_position(req_context, key) for key, _ in chosen]

@@ -46,7 +46,8 @@ class Worker(OffloadingWorker):
         self._count_loads(1)
 
         def done(failed: Collection[bytes]) -> None:
-            bad = [b.block_id for b in blocks if b.key in set(failed)]
+            missing = set(failed)
+            bad = [b.block_id for b in blocks if b.key in missing]
             self._end(job_id, began, len(blocks) - len(bad), bad)
             self._count_loads(-1)
 

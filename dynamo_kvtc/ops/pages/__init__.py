@@ -9,6 +9,8 @@ saturated token and is never written. Where slots are on a CPU, use ``check_slot
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
@@ -104,28 +106,29 @@ def scatter_rows(
 
 
 def gather_exact(
-    cache: PagedCache, layers: tuple[int, int], slots: Tensor, base: Tensor, index: Tensor, count: Tensor,
+    cache: PagedCache, groups: Sequence[tuple[int, int]], slots: Tensor, base: Tensor, index: Tensor, count: Tensor,
     buffer: Tensor,
 ) -> None:  # fmt: skip
-    """Bytes of exact tokens, out of the pages into records' sections: [Lg, H, 2, E, D] for each record.
+    """Bytes of exact tokens, out of the pages into records' sections: [Lg, H, 2, E, D] for each record and layer group.
 
-    slots, base: int64 [X]; index, count: int32 [X]. For each token base is the byte in ``buffer`` where its record's
-    exact part of these layers starts, count that record's exact tokens E, index its number among them.
+    groups: G layer groups [start, end) that follow each other; slots: int64 [X]; base: int64 [G, X]; index, count:
+    int32 [X]. For each token base is the byte in ``buffer`` where its record's exact part of a group starts, count that
+    record's exact tokens E, index its number among them.
     buffer: uint8 [n], contiguous, on the cache's device or in pinned memory, at an even address. Values that
     would lie outside it or at an odd byte are left out; a slot that the cache does not have gives zeros.
     Raises ConfigError if shapes, dtypes or devices disagree.
     """
-    _check_exact(cache, layers, slots, base, index, count, buffer)
-    _backend(cache).move_exact(cache, layers, slots, base, index, count, buffer, False)
+    _check_exact(cache, groups, slots, base, index, count, buffer)
+    _backend(cache).move_exact(cache, groups, slots, base, index, count, buffer, False)
 
 
 def scatter_exact(
-    cache: PagedCache, layers: tuple[int, int], slots: Tensor, base: Tensor, index: Tensor, count: Tensor,
+    cache: PagedCache, groups: Sequence[tuple[int, int]], slots: Tensor, base: Tensor, index: Tensor, count: Tensor,
     buffer: Tensor,
 ) -> None:  # fmt: skip
     """The inverse of ``gather_exact``: from records' sections into the pages. No slot may come twice."""
-    _check_exact(cache, layers, slots, base, index, count, buffer)
-    _backend(cache).move_exact(cache, layers, slots, base, index, count, buffer, True)
+    _check_exact(cache, groups, slots, base, index, count, buffer)
+    _backend(cache).move_exact(cache, groups, slots, base, index, count, buffer, True)
 
 
 def _backend(cache: PagedCache) -> ModuleType:
@@ -155,14 +158,17 @@ def _check_tokens(cache: PagedCache, slots: Tensor, cos: Tensor, sin: Tensor, ro
 
 
 def _check_exact(
-    cache: PagedCache, layers: tuple[int, int], slots: Tensor, base: Tensor, index: Tensor, count: Tensor,
+    cache: PagedCache, groups: Sequence[tuple[int, int]], slots: Tensor, base: Tensor, index: Tensor, count: Tensor,
     buffer: Tensor,
 ) -> None:  # fmt: skip
-    _check_group(cache, layers)
+    for layers in groups:
+        _check_group(cache, layers)
+    if not groups or any(a[1] != b[0] for a, b in itertools.pairwise(groups)):
+        raise ConfigError(f"layer groups {list(groups)} are asked for; they must follow each other, one at least")
     tokens = slots.shape[0] if slots.dim() == 1 else -1
+    _check_tensor("base", base, torch.int64, cache.device, len(groups), tokens)
     for name, x, dtype in (
-        ("slots", slots, torch.int64), ("base", base, torch.int64), ("index", index, torch.int32),
-        ("count", count, torch.int32),
+        ("slots", slots, torch.int64), ("index", index, torch.int32), ("count", count, torch.int32),
     ):  # fmt: skip
         _check_tensor(name, x, dtype, cache.device, tokens)
     here = buffer.device == cache.device or (buffer.device.type == "cpu" and buffer.is_pinned())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,10 +46,18 @@ def scatter_rows(
 
 
 def move_exact(
-    cache: PagedCache, layers: tuple[int, int], slots: Tensor, base: Tensor, index: Tensor, count: Tensor,
+    cache: PagedCache, groups: Sequence[tuple[int, int]], slots: Tensor, base: Tensor, index: Tensor, count: Tensor,
     buffer: Tensor, to_pages: bool,
 ) -> None:  # fmt: skip
     """``gather_exact``, or ``scatter_exact`` with to_pages, a token at a time and a head's D values at a time."""
+    for layers, own in zip(groups, base, strict=True):
+        _move_exact(cache, layers, slots, own, index, count, buffer, to_pages)
+
+
+def _move_exact(
+    cache: PagedCache, layers: tuple[int, int], slots: Tensor, base: Tensor, index: Tensor, count: Tensor,
+    buffer: Tensor, to_pages: bool,
+) -> None:  # fmt: skip
     size = cache.head_dim * cache.dtype.itemsize
     rows = zip(slots.tolist(), base.tolist(), index.tolist(), count.tolist(), strict=True)
     for slot, start, place, of in rows:

@@ -6,6 +6,9 @@ is done by hand: half to even by adding 1.5 * 2^23, whose sum has integer spacin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -206,15 +209,15 @@ def _scatter_rows(
     tl.store(to, _from_float(x, KIND, TOP), mask=mask)
 
 
-@triton.jit(do_not_specialize=["room", "size", "first_layer"], do_not_specialize_on_alignment=["base"])
+@triton.jit(do_not_specialize=["tokens", "room", "size", "first_layer"], do_not_specialize_on_alignment=["base"])
 def _move_exact(
-    addresses, slots, base, index, count, buffer,
-    room, size, first_layer, stride_block, stride_head, stride_token,
+    addresses, slots, base, index, count, buffer, groups,
+    tokens, room, size, first_layer, stride_block, stride_head, stride_token,
     N: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr, UNITS_PER_VALUE: tl.constexpr, TO_PAGES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """One exact token of one layer: rows of D values, head by head K and V, in units of 2 bytes, as sections lie at
-    any even byte."""
+    any even byte. groups: of each layer its layer group, and its number among that one's layers."""
     x = tl.program_id(0)
     layer = tl.program_id(1)
     slot = tl.load(slots + x)
@@ -228,8 +231,9 @@ def _move_exact(
     u = tl.arange(0, BLOCK_U)
     pages = start.to(tl.pointer_type(tl.int16))[:, None] + (offset[:, None] + u[None, :])
     # In bytes: [layer, head, K or V, exact token], each UNITS long.
-    place = (layer * (2 * HEADS) + row).to(tl.int64) * tl.load(count + x) + tl.load(index + x)
-    piece = tl.load(base + x) + place * (2 * UNITS)
+    group, within = tl.load(groups + 2 * layer), tl.load(groups + 2 * layer + 1)
+    place = (within * (2 * HEADS) + row).to(tl.int64) * tl.load(count + x) + tl.load(index + x)
+    piece = tl.load(base + group.to(tl.int64) * tokens + x) + place * (2 * UNITS)
     # An odd piece would be a misaligned address, which ends the process's use of the GPU.
     fits = in_rows & (piece >= 0) & (piece + 2 * UNITS <= size) & (piece % 2 == 0)
     section = (buffer + piece).to(tl.pointer_type(tl.int16))[:, None] + u[None, :]
@@ -284,7 +288,7 @@ def scatter_rows(
 
 
 def move_exact(
-    cache: PagedCache, layers: tuple[int, int], slots: Tensor, base: Tensor, index: Tensor, count: Tensor,
+    cache: PagedCache, groups: Sequence[tuple[int, int]], slots: Tensor, base: Tensor, index: Tensor, count: Tensor,
     buffer: Tensor, to_pages: bool,
 ) -> None:  # fmt: skip
     if not slots.shape[0]:
@@ -294,12 +298,20 @@ def move_exact(
     block_u = triton.next_power_of_2(units)
     block_r = min(triton.next_power_of_2(2 * cache.heads), max(1, _EXACT_TILE // block_u))
     with torch.cuda.device_of(cache.addresses):
-        _move_exact[(slots.shape[0], layers[1] - layers[0], triton.cdiv(2 * cache.heads, block_r))](
-            cache.addresses, slots, base, index, count, buffer,
-            cache.slots, buffer.numel(), layers[0], *cache.strides,
+        first = groups[0][0]
+        _move_exact[(slots.shape[0], groups[-1][1] - first, triton.cdiv(2 * cache.heads, block_r))](
+            cache.addresses, slots, base, index, count, buffer, _groups_of(tuple(groups), cache.device),
+            slots.shape[0], cache.slots, buffer.numel(), first, *cache.strides,
             N=cache.tokens_per_block, HEADS=cache.heads, UNITS=units, UNITS_PER_VALUE=per_value, TO_PAGES=to_pages,
             BLOCK_R=block_r, BLOCK_U=block_u, num_warps=_WARPS,
         )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _groups_of(groups: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """int32 [layers, 2], from the first group's first layer on; on the device once and for all."""
+    rows = [(g, i) for g, (start, end) in enumerate(groups) for i in range(end - start)]
+    return torch.tensor(rows, dtype=torch.int32).to(device)
 
 
 def _heads_at_once(heads: int) -> int:
