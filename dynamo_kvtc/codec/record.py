@@ -128,6 +128,16 @@ def claimed_position(data: bytes | memoryview) -> int:
     return int(_FIRST.unpack_from(data)[0]) if len(data) >= _FIRST.size else -1
 
 
+def claimed_positions(
+    arena: NDArray[np.uint8], offsets: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """``claimed_position`` of records in one piece of memory, [B]; offsets and sizes: int64 [B], bytes."""
+    long = sizes >= _FIRST.size
+    at = np.where(long, offsets, 0)[:, None] + np.arange(_FIRST.size - 4, _FIRST.size)
+    claimed = arena[at if len(arena) >= _FIRST.size else at[:0]].view("<u4").reshape(-1).astype(np.int64)
+    return np.where(long, claimed, -1)
+
+
 def section_ends(data: bytes | memoryview) -> list[int]:
     """Where the header ends, then where each section does, as a record that was parsed before says it; nothing else is
     looked at. Raises RecordFormatError if that cannot be."""

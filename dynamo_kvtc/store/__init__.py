@@ -15,7 +15,6 @@ To add a store: a subclass of ``Store``, and a line in ``tests/store/stores.py``
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,26 +38,37 @@ class Lease:
     Forgotten leases are released when they are collected, but not before the store is used again.
     """
 
-    __slots__ = ("_done", "_slot", "_waste", "offset", "record")
+    __slots__ = ("_done", "_read", "_slot", "_view", "_waste", "offset")
 
     def __init__(
         self, record: Record, offset: int | None = None, slot: int = -1,
         done: Callable[[int], None] | None = None, waste: deque[int] | None = None,
     ) -> None:  # fmt: skip
-        self.record = memoryview(record).toreadonly()
+        self._view = memoryview(record)
+        self._read: memoryview | None = None
         self.offset = offset
         self._slot, self._done, self._waste = slot, done, waste
+
+    @property
+    def record(self) -> memoryview:
+        if self._read is None:
+            self._read = self._view.toreadonly()
+        return self._read
 
     def release(self) -> None:
         """Again is no error."""
         done, self._done, self._waste = self._done, None, None
-        with contextlib.suppress(BufferError):  # a view over it is alive: see above
-            self.record.release()
+        try:
+            if self._read is not None:
+                self._read.release()
+            self._view.release()
+        except BufferError:
+            pass  # a view over it is alive: see above
         if done is not None:
             done(self._slot)
 
     def __len__(self) -> int:
-        return self.record.nbytes
+        return self._view.nbytes
 
     def __enter__(self) -> Lease:
         return self

@@ -128,7 +128,7 @@ class TieredStore(Store):
 
     def touch(self, keys: Iterable[bytes]) -> int:
         listed = list(keys)
-        found = sum(self.contains(key) for key in listed)
+        found = len(listed) - self.tiers_of(listed).count(None)
         for tier in self._tiers():
             tier.touch(listed)
         return found

@@ -22,7 +22,7 @@ from dynamo_kvtc.codec.headers import SOUND, prove_sections, read_headers
 from dynamo_kvtc.codec.paged import Blocks, PagedCodec
 from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.codec.policy import ExactCounts
-from dynamo_kvtc.codec.record import Record, claimed_position
+from dynamo_kvtc.codec.record import Record, claimed_position, claimed_positions
 from dynamo_kvtc.codec.warm import compile_all
 from dynamo_kvtc.errors import ConfigError, RecordCorruptError, RecordError, RecordMismatchError
 from dynamo_kvtc.store import Lease
@@ -101,8 +101,8 @@ class CudaTranscoder:
         if not prove:
             # The GPU checks all but this, and the position again with the header's checksum.
             return [
-                Promise(key, tier, len(lease), (lease, claimed_position(lease.record)), lease.release)
-                for key, lease, tier in zip(keys, leases, tiers, strict=True)
+                Promise(key, tier, len(lease), (lease, at), lease.release)
+                for key, lease, tier, at in zip(keys, leases, tiers, self._claimed(leases), strict=True)
             ]
         first = self._proven(leases)
         return [
@@ -111,6 +111,14 @@ class CudaTranscoder:
             else Promise(key, tier, len(lease), (lease, at), lease.release)
             for key, lease, tier, at in zip(keys, leases, tiers, first, strict=True)
         ]
+
+    def _claimed(self, leases: Sequence[Lease]) -> list[int]:
+        """Where records start, as their headers say."""
+        if self._arena is None or any(lease.offset is None for lease in leases):
+            return [claimed_position(lease.record) for lease in leases]
+        offsets = np.array([lease.offset for lease in leases], dtype=np.int64)
+        sizes = np.array([len(lease) for lease in leases], dtype=np.int64)
+        return claimed_positions(self._arena.numpy(), offsets, sizes).tolist()
 
     def _proven(self, leases: Sequence[Lease]) -> list[int | None]:
         """Where sound records in the arena start, -1 for one with gaps; None for what must be looked at alone."""

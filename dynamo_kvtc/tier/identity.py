@@ -54,6 +54,7 @@ class KeySpace:
         }  # fmt: skip
         text = json.dumps(told, sort_keys=True, separators=(",", ":"))
         self._seed = hashlib.sha256(text.encode()).digest()
+        self._keyed = hashlib.blake2b(key=self._seed, digest_size=KEY_BYTES)
 
     @property
     def identity(self) -> str:
@@ -62,7 +63,9 @@ class KeySpace:
         return hashlib.sha256(b"identity" + self._seed).digest()[:16].hex()
 
     def key(self, block_hash: bytes) -> bytes:
-        return hashlib.blake2b(block_hash, key=self._seed, digest_size=KEY_BYTES).digest()
+        keyed = self._keyed.copy()
+        keyed.update(block_hash)
+        return keyed.digest()
 
 
 def point_of(artifact: Artifact, name: str | None) -> str:

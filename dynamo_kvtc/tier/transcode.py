@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dynamo_kvtc.codec.policy import ExactCounts
 from dynamo_kvtc.codec.record import Record
 from dynamo_kvtc.store import Lease
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A whole block of the engine's pages. key: of its record; first_position: of its first token in the sequence;
     exact: whether every token is to be stored bit-exact (the tier's own wish: an overlay)."""
 
@@ -22,7 +21,7 @@ class Block:
     exact: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class Promise:
     """A record that has been read and found sound, kept until it is in pages: ``release`` lets it go.
 

@@ -8,7 +8,15 @@ import zlib
 import numpy as np
 import pytest
 
-from dynamo_kvtc.codec.record import MAX_BLOCK_TOKENS, MAX_GROUPS, RecordHeader, build_record, parse_record
+from dynamo_kvtc.codec.record import (
+    MAX_BLOCK_TOKENS,
+    MAX_GROUPS,
+    RecordHeader,
+    build_record,
+    claimed_position,
+    claimed_positions,
+    parse_record,
+)
 from dynamo_kvtc.errors import (
     ConfigError,
     RecordCorruptError,
@@ -239,3 +247,14 @@ def test_damaged_section_is_found_when_it_is_read_and_no_sooner():
 def test_refuses_to_build(positions, sections, told):
     with pytest.raises(ConfigError, match=told):
         build_record(header(positions), sections)
+
+
+def test_claimed_positions_are_those_of_each_record():
+    generator = np.random.default_rng(case_seed())
+    arena = generator.integers(0, 256, 4096, dtype=np.uint8)
+    sizes = generator.integers(1, 60, 40)
+    offsets = generator.integers(0, len(arena) - 60, 40)
+    one_by_one = [claimed_position(arena[a : a + n].tobytes()) for a, n in zip(offsets, sizes, strict=True)]
+    assert claimed_positions(arena, offsets, sizes).tolist() == one_by_one
+    assert -1 in one_by_one
+    assert claimed_positions(arena[:5], np.zeros(1, np.int64), np.full(1, 5)).tolist() == [-1]

@@ -106,8 +106,9 @@ class Scheduler:
         # They are in the tier, or on their way into it.
         state.next_store = match.first + count
         self._node.tier.touch([b.key for b in blocks if b.key not in remote])
-        for i in range(match.first, match.first + count):
-            self._name(state, i)
+        if self._node.router.on:
+            for i in range(match.first, match.first + count):
+                self._name(state, i)
 
     def build(self, output: Any) -> tuple[list[LoadOrder], list[StoreOrder], set[str]]:
         """Of this step: loads to begin, blocks to store when it is computed, and requests that lose their pages."""
@@ -246,17 +247,17 @@ class Scheduler:
         admitted = tier.admit(keys, request.num_tokens, wanted=state.wish.handed_on)
         blocks = []
         for i, (key, yes) in enumerate(zip(keys, admitted, strict=True), first):
-            self._name(state, i)
+            if self._node.router.on:
+                self._name(state, i)
             if yes:
                 blocks.append(Block(key, state.block_ids[i], i * self._n))
         return StoreOrder(request.request_id, blocks) if blocks else None
 
     def _name(self, state: _State, i: int) -> None:
-        if self._node.router.on:
-            hashes, tokens = state.request.block_hashes, state.request.all_token_ids
-            parent = bytes(hashes[i - 1]) if i else None
-            named = Named(bytes(hashes[i]), parent, tuple(tokens[i * self._n : (i + 1) * self._n]))
-            self._node.router.name(state.keys[i], named)
+        hashes, tokens = state.request.block_hashes, state.request.all_token_ids
+        parent = bytes(hashes[i - 1]) if i else None
+        named = Named(bytes(hashes[i]), parent, tuple(tokens[i * self._n : (i + 1) * self._n]))
+        self._node.router.name(state.keys[i], named)
 
     def _wait_a_little(self) -> None:
         asking = any(s.asked and s.handed is None for s in self._states.values())
