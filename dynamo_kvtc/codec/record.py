@@ -132,10 +132,10 @@ def claimed_positions(
     arena: NDArray[np.uint8], offsets: NDArray[np.int64], sizes: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """``claimed_position`` of records in one piece of memory, [B]; offsets and sizes: int64 [B], bytes."""
+    out = np.full(len(sizes), -1, dtype=np.int64)
     long = sizes >= _FIRST.size
-    at = np.where(long, offsets, 0)[:, None] + np.arange(_FIRST.size - 4, _FIRST.size)
-    claimed = arena[at if len(arena) >= _FIRST.size else at[:0]].view("<u4").reshape(-1).astype(np.int64)
-    return np.where(long, claimed, -1)
+    out[long] = arena[offsets[long, None] + np.arange(_FIRST.size - 4, _FIRST.size)].view("<u4")[:, 0]
+    return out
 
 
 def section_ends(data: bytes | memoryview) -> list[int]:
