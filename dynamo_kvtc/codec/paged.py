@@ -191,16 +191,20 @@ class PagedCodec:
         self._check(blocks, arena, written=False)
         return self._encoder.encode(blocks, arena, at)
 
-    def decode(self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks) -> Restore:
+    def decode(
+        self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks, by_group: bool = True
+    ) -> Restore:
         """Records back into the pages at ``blocks.slots``: ``paged_decode.Restore``, with an event per layer group.
 
+        by_group: the first layers of all blocks come first, so that attention may start; False if they are waited for
+            as a whole, which takes fewer launches.
         offsets, sizes: int64 [B], the records' bytes in the arena. A record that is damaged, or another codec's, is
         reported in ``Restore.finish()``: none of its blocks counts as restored. Raises ConfigError as ``encode`` does.
         """
         if offsets.dtype != np.int64 or sizes.dtype != np.int64 or not len(offsets) == len(sizes) == len(blocks.counts):
             raise ConfigError(f"offsets and sizes must be int64 [{len(blocks.counts)}], one per block")
         self._check(blocks, arena, written=True)
-        return self._decoder.decode(arena, offsets, sizes, blocks)
+        return self._decoder.decode(arena, offsets, sizes, blocks, by_group)
 
     def _check(self, blocks: Blocks, arena: Tensor, written: bool) -> None:
         check_slots(self.cache, blocks.slots, written)

@@ -78,7 +78,8 @@ class Sent:
 
     arrays: those of all layer groups; by_group: [G, ...], a row each; most: int64 [G], bytes of the largest section;
     coded, exact: tokens; longest: most coded tokens of a block, at least 1; row: where in the workspace its tokens have
-    their rows; angles: cos and sin of coded tokens; status: int32 [B], not 0 for a block found bad.
+    their rows; seen: layer groups whose sections are seen to at once, when it is the first one's turn; angles: cos and
+    sin of coded tokens; status: int32 [B], not 0 for a block found bad.
     """
 
     arrays: dict[str, Tensor]
@@ -88,6 +89,7 @@ class Sent:
     exact: int
     longest: int
     row: int
+    seen: tuple[slice, ...]
     angles: tuple[Tensor, Tensor]
     status: Tensor
 
@@ -141,15 +143,18 @@ class Decoder(ABC):
         """What the methods below need of each block, [G, ...], to be sent to the device; and int64 [G, B], where each
         section starts in what ``_receive`` returns, even numbers."""
 
-    @abstractmethod
-    def _receive(self, g: int, turn: int, sent: Sent, together: bool) -> tuple[Tensor, slice]:
-        """Blocks whose section is not what its checksum says get a status; returns the memory to read sections from,
-        and the layer groups that this was found out of.
+    def _seen(self, coded: int, together: bool, apart: bool) -> tuple[slice, ...]:
+        """``Sent.seen`` of a chunk with so many coded tokens.
 
-        turn: where in the ring the records are.
-        together: records stay in the ring, and rows are the chunk's own, until all layer groups are done: those after g
-            may be seen to at once, and none is left when it is their turn.
+        together: its records stay in the ring, and its rows are its own, until all layer groups are done.
+        apart: the first layer group is not to be kept waiting for the others.
         """
+        return tuple(slice(g, g + 1) for g in range(len(self._codec.artifact.manifest.groups)))
+
+    @abstractmethod
+    def _receive(self, own: slice, turn: int, sent: Sent) -> Tensor:
+        """Blocks whose section, in these layer groups, is not what its checksum says get a status; returns the memory
+        to read sections from. turn: where in the ring the records are."""
 
     @abstractmethod
     def _coded(self, g: int, turn: int, sent: Sent) -> None:
@@ -157,14 +162,18 @@ class Decoder(ABC):
         nothing."""
 
     def decode(
-        self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks
+        self, arena: Tensor, offsets: NDArray[np.int64], sizes: NDArray[np.int64], blocks: Blocks, by_group: bool
     ) -> Restore:  # fmt: skip
         self._check_sizes(arena, offsets, sizes, blocks)
         groups = range(len(self._codec.artifact.manifest.groups))
         chunks = self._chunks(len(arena), offsets, sizes, blocks)
-        once = len(chunks) <= RING
-        together = once and chunks[-1].tokens.stop <= self._codec.limits.decode_tokens
-        items = [(g, i, i if once else (g * len(chunks) + i) % RING) for g in groups for i in range(len(chunks))]
+        # Whether a chunk's records are brought once, and whether what is decoded of it stays until its last group.
+        once = len(chunks) <= RING or not by_group
+        together = not by_group or (once and chunks[-1].tokens.stop <= self._codec.limits.decode_tokens)
+        if by_group:
+            items = [(g, i, i if once else (g * len(chunks) + i) % RING) for g in groups for i in range(len(chunks))]
+        else:
+            items = [(g, i, i % RING) for i in range(len(chunks)) for g in groups]
         loads = (self._load(arena, chunks[i], turn) for g, i, turn in items if g == 0 or not once)
         arrived = deque(itertools.islice(loads, RING))
         host = torch.empty(len(blocks.counts), dtype=torch.int32, pin_memory=self._cuda)
@@ -179,11 +188,13 @@ class Decoder(ABC):
                     batch = read_headers(
                         arena.numpy(), offsets[own], sizes[own], blocks.counts[own], self._codec.identity
                     )
-                    sent[i] = self._send(chunks[i], blocks, batch, chunks[i].tokens.start if together else 0)
+                    row = chunks[i].tokens.start if together and by_group else 0
+                    sent[i] = self._send(chunks[i], blocks, batch, row, together, by_group)
                 if g == 0 or not once:
                     self._wait(arrived.popleft())
-                self._group(g, sent[i], turn, together)
-                arrived.extend(itertools.islice(loads, 1))
+                self._group(g, sent[i], turn)
+                if by_group or g == groups[-1]:
+                    arrived.extend(itertools.islice(loads, 1))
                 if i == len(chunks) - 1:
                     events.append(self._event())
             for chunk, of in zip(chunks, sent.values(), strict=True):
@@ -258,8 +269,11 @@ class Decoder(ABC):
             self._stream.wait_event(arrived)
             self._codec.mark("wait for copy")
 
-    def _send(self, chunk: _Chunk, blocks: Blocks, batch: HeaderBatch, row: int) -> Sent:
-        """What the kernels need to know of a chunk, for all layer groups at once; row: see ``Sent``."""
+    def _send(
+        self, chunk: _Chunk, blocks: Blocks, batch: HeaderBatch, row: int, together: bool, apart: bool
+    ) -> Sent:  # fmt: skip
+        """What the kernels need to know of a chunk, for all layer groups at once; row: see ``Sent``; the rest:
+        ``_seen``."""
         codec, artifact = self._codec, self._codec.artifact
         counts, tokens = blocks.counts[chunk.blocks], chunk.tokens.stop - chunk.tokens.start
         first, coded_of = (np.empty(len(counts), dtype=np.int32) for _ in range(2))
@@ -290,22 +304,22 @@ class Decoder(ABC):
         codec.mark("rotations")
         return Sent(
             arrays, {name: arrays.pop(name) for name in by_group}, section.max(axis=1, initial=0), coded, kept,
-            max(1, int(coded_of.max())), row, angles, arrays.pop("status"),
+            max(1, int(coded_of.max())), row, self._seen(coded, together, apart), angles, arrays.pop("status"),
         )  # fmt: skip
 
-    def _group(self, g: int, sent: Sent, turn: int, together: bool) -> None:
+    def _group(self, g: int, sent: Sent, turn: int) -> None:
         """One layer group of one chunk, whose records are in the ring."""
         codec = self._codec
-        source, seen = self._receive(g, turn, sent, together)
+        seen = next((own for own in sent.seen if own.start == g), None)
+        source = None if seen is None else self._receive(seen, turn, sent)
         if sent.coded:
             self._coded(g, turn, sent)
-        groups = codec.artifact.manifest.groups[seen]
-        if sent.exact and groups:
+        if sent.exact and source is not None and seen is not None:
             arrays, chosen = sent.arrays, self._exact_slots[: sent.exact]
             lanes.select(sent.status, arrays["exact_block"], arrays["exact_slots"], chosen)
             scatter_exact(
-                codec.cache, groups, chosen, sent.by_group["exact_base"][seen], arrays["index"], arrays["count"],
-                source,
+                codec.cache, codec.artifact.manifest.groups[seen], chosen, sent.by_group["exact_base"][seen],
+                arrays["index"], arrays["count"], source,
             )  # fmt: skip
             codec.mark("exact")
         if self._cuda:

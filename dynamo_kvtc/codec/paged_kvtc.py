@@ -138,15 +138,19 @@ class KvtcDecoder(Decoder):
         room = np.where(coded.short, 1, coded.section - coded.exact)
         return {"payload": coded.where + coded.exact, "room": room}, coded.where
 
-    def _receive(self, g: int, turn: int, sent: Sent, together: bool) -> tuple[Tensor, slice]:
-        """Levels and where they go of layer group g, or of more at once: more lanes side by side, and fewer launches.
-        Where one group's lanes are many, the first group is not kept waiting for the others."""
+    def _seen(self, coded: int, together: bool, apart: bool) -> tuple[slice, ...]:
+        """More layer groups at once: more lanes side by side, and fewer launches. Where one group's lanes are many, the
+        first group need not wait for the others."""
+        every = len(self._point.groups)
+        if not together:
+            return super()._seen(coded, together, apart)
+        if apart and coded * self._lanes >= MANY_LANES and every > 1:
+            return slice(0, 1), slice(1, every)
+        return (slice(0, every),)
+
+    def _receive(self, own: slice, turn: int, sent: Sent) -> Tensor:
+        """Levels, and which tokens may be written."""
         codec, ring, split, n, status = self._codec, self._ring[turn], self._lanes, sent.coded, sent.status
-        apart = n * split >= MANY_LANES
-        if together and g > apart:
-            return ring, slice(g, g)
-        last = len(self._point.groups) if together and g == apart else g + 1
-        own = slice(g, last)
         rows, lane = slice(sent.row, sent.row + n), slice(sent.row * split, (sent.row + n) * split)
         starts, lengths, bad = (x[own, lane] for x in (self._starts, self._lengths, self._bad))
         factors, offsets = self._factors[own, rows], self._offsets[own, rows]
@@ -170,7 +174,7 @@ class KvtcDecoder(Decoder):
             chosen = self._chosen[rows]
             lanes.judge(bad, blocks["first"], blocks["counts"], status, blocks["slots"], chosen, split, sent.longest)
         codec.mark("rANS")
-        return ring, own
+        return ring
 
     def _coded(self, g: int, turn: int, sent: Sent) -> None:
         group, rows = self._point.groups[g], slice(sent.row, sent.row + sent.coded)

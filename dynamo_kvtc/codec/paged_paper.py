@@ -211,7 +211,8 @@ class PaperDecoder(Decoder):
         }  # fmt: skip
         return arrays, start
 
-    def _receive(self, g: int, turn: int, sent: Sent, together: bool) -> tuple[Tensor, slice]:
+    def _receive(self, own: slice, turn: int, sent: Sent) -> Tensor:
+        g = own.start
         arrays, ring, status = sent.of(g), self._ring[turn], sent.status
         sums = self._sums[: len(status)]
         copy_ranges_device(
@@ -220,7 +221,7 @@ class PaperDecoder(Decoder):
         lanes.verify(sums, arrays["crc"], status)
         status.copy_(torch.where(status == 0, arrays["wrong"], status))
         self._codec.mark("checksum")
-        return self._aligned, slice(g, g + 1)
+        return self._aligned
 
     def _coded(self, g: int, turn: int, sent: Sent) -> None:
         codec, group, n, most, arrays = self._codec, self._point.groups[g], sent.coded, sent.longest, sent.of(g)

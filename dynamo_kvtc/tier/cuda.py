@@ -210,7 +210,7 @@ class CudaTranscoder:
         sizes = np.array([promises[i].coded_bytes for i in which], dtype=np.int64)
         with self._on(self._streams[1], fence):
             restore = self._codec.decode(
-                arena, np.array(offsets, np.int64), sizes, self._blocks([blocks[i] for i in which])
+                arena, np.array(offsets, np.int64), sizes, self._blocks([blocks[i] for i in which]), by_group=False
             )
         for i, status in zip(which, restore.finish(), strict=True):
             if status:

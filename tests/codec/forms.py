@@ -76,7 +76,9 @@ def main(seed: int) -> None:
             encoded.finish()
             order = generator.permutation(count)
             turned = Blocks.uniform(slots.view(-1, TOKENS)[order].reshape(-1), None, TOKENS)
-            assert not codec.decode(arena, encoded.offsets[order], encoded.sizes[order], turned).finish().any()
+            records = encoded.offsets[order], encoded.sizes[order]
+            for by_group in (True, False):
+                assert not codec.decode(arena, *records, turned, by_group).finish().any()
     assert known.keys() >= {"_gather_fixed", "_move_exact", "_copy_kernel"}, known.keys()
     for name, forms in FORMS.items():
         for form in sorted(forms - known.get(name, set())):

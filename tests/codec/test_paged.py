@@ -114,11 +114,13 @@ def test_records_are_the_cpus_and_each_reads_the_others(kernel_device, shape, to
         assert bool((flat[untouched.to(flat.device)] == POISON).all())
 
 
+@pytest.mark.parametrize("by_group", [True, False])
 @pytest.mark.parametrize(
     ("decode_tokens", "chunks"), [(10, [4, 6]), (6, [2, 6, 2]), (2, [2] * 5)], ids=["together", "kept", "again"]
 )
-def test_chunks_that_stay_on_the_gpu_and_chunks_that_come_again(kernel_device, decode_tokens, chunks):
-    """All layer groups of all chunks at once; one by one; one by one, the records brought again for each."""
+def test_chunks_that_stay_on_the_gpu_and_chunks_that_come_again(kernel_device, decode_tokens, chunks, by_group):
+    """By layer group: all of all chunks at once; one by one; one by one, the records brought again for each. Or chunk
+    by chunk."""
     limits = PagedLimits(encode_tokens=18, decode_tokens=decode_tokens, record_bytes=1 << 16)
     case = Case(kernel_device, KVShape(2, 1, 64, "bfloat16"), 10, case_seed(), ((0, 1), (1, 2)), 2, block_tokens=2,
                 limits=limits)  # fmt: skip
@@ -133,7 +135,7 @@ def test_chunks_that_stay_on_the_gpu_and_chunks_that_come_again(kernel_device, d
     arena[offsets[damaged] + sizes[damaged] - 1] ^= 1
     target = case.empty()
     status = PagedCodec(case.artifact, case.point, target, limits=limits).decode(
-        arena, offsets, sizes, case.blocks()
+        arena, offsets, sizes, case.blocks(), by_group
     ).finish()  # fmt: skip
     assert [int(s) for s in status] == [BAD_CHECKSUM if b == damaged else 0 for b in range(5)]
     sound = torch.arange(10) // 2 != damaged

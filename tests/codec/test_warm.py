@@ -67,7 +67,9 @@ def test_nothing_is_compiled_later(profile):
                 encoded = codec.encode(Blocks.uniform(slots, slots, tokens, asked), arena, 0)
                 encoded.finish()
                 coded += int((~encoded.exact).sum())
-                codec.decode(arena, encoded.offsets, encoded.sizes, Blocks.uniform(slots, None, tokens)).finish()
+                again = Blocks.uniform(slots, None, tokens)
+                for by_group in (True, False):
+                    codec.decode(arena, encoded.offsets, encoded.sizes, again, by_group).finish()
     finally:
         knobs.runtime.jit_post_compile_hook = before
     assert coded
