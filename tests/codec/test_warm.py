@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dynamo_kvtc.codec.paged import Blocks, PagedCodec, PagedLimits
+from dynamo_kvtc.codec.policy import ExactPolicy
 from dynamo_kvtc.codec.warm import compile_all
 from dynamo_kvtc.ops.pages import PagedCache
 from dynamo_kvtc.types import KVShape
@@ -42,7 +43,7 @@ def test_nothing_is_compiled_later(profile):
     views = [torch.zeros(pages, 8, tokens, 256, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
     cache = PagedCache.of([x[..., :128] for x in views], [x[..., 128:] for x in views])
     # zlib: nvCOMP compiles nothing of ours, and may not be there.
-    codec = PagedCodec(artifact, "fine", cache, None, PagedLimits(), deflate="zlib")
+    codec = PagedCodec(artifact, "fine", cache, ExactPolicy(max_error=1e9), PagedLimits(), deflate="zlib")
     arena = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
     compile_all(codec, arena)
     assert not any(view.any() for view in views)
