@@ -21,7 +21,7 @@ from dynamo_kvtc.types import KVShape
 
 ROOT = Path(__file__).parents[2]
 FILES = [
-    ROOT / f"calibration/results/2026-11-22-h200/codec-{n}.json"
+    ROOT / f"calibration/results/2026-11-23-h200/codec-{n}.json"
     for n in ("llama-20x", "llama-60x", "nemo-20x", "nemo-paper-16x")
 ]
 
