@@ -4,8 +4,8 @@
 
     kvbm-VERSION/   kvbm and its nixl, to be put on PYTHONPATH of any Python 3.10+ that has torch
     stub/           libcuda.so.1 that does nothing: the leader loads one where it moves nothing
-    vllm/           a virtual environment with vLLM 0.31 for the CPU
-    dynamo/         the same with Dynamo 1.6.1 and a NATS server
+    vllm/           a virtual environment with vLLM 0.31 for the CPU, or a link to dynamo
+    dynamo/         such a one with Dynamo 1.6.1 and a NATS server
 """
 
 from __future__ import annotations

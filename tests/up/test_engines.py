@@ -5,34 +5,22 @@ KVTC_ENGINES has them (tests/engines). The first run calibrates the demo's model
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from dynamo_kvtc.up.place import free_ports
-from dynamo_kvtc.up.run import UpConfig, run
 from tests.engines import ROOT, require
+from tests.up.graphs import TOKENS, python, question, served
 
 pytestmark = [pytest.mark.engine, pytest.mark.model]
 SECONDS = 600
-TOKENS = 24
-
-
-def question() -> str:
-    """Some 30 blocks of 32 tokens."""
-    text = importlib.import_module("pydoc_data.topics").topics["debugger"][:3500]
-    return f"Here is a document.\n\n{text}\n\nIn one sentence, what is it about?"
-
-
-def python() -> str:
-    return str(require("dynamo") / "dynamo" / "bin" / "python")
 
 
 def with_environment(text: str) -> list[int]:
@@ -65,25 +53,12 @@ def command(manifest: str, logs: Path, *more: str) -> tuple[str, list[str]]:
     return text, after.splitlines()
 
 
-@contextmanager
-def served(manifest: str, logs: Path, **options):
-    """A graph in this process's hands."""
-
-    def nothing(*_):
-        pass
-
-    (port,) = free_ports(1)
-    path = ROOT / "deploy" / f"{manifest}.yaml"
-    config = UpConfig(path, python=python(), port=port, logs=logs, answer_tokens=TOKENS, **options)
-    with run(config, nothing, nothing, nothing) as up:
-        yield up
-
-
 @pytest.fixture(scope="module")
 def aggregated(tmp_path_factory):
     return command("agg-offloading", tmp_path_factory.mktemp("agg"), "--tier", "exact=all")
 
 
+@pytest.mark.long
 def test_agg_offloading(aggregated):
     text, (times, told) = aggregated
     assert text
@@ -106,26 +81,44 @@ def test_agg_kvbm(tmp_path):
             stored = up.counters()["Worker"].get("kvtc_stored_blocks stored", 0.0)
 
 
-@pytest.mark.parametrize("exact", [pytest.param("all", marks=pytest.mark.long), "sinks"])
-def test_disagg(exact, request, tmp_path):
-    """Every token exact: the answer is the aggregated graph's. Coded: a twelfth of the raw cache's bytes are pulled.
-    Either way the first layers are computed before the last ones' are decoded."""
-    trace = tmp_path / "trace.jsonl"
-    with served("disagg", tmp_path, tier={"exact": exact, "trace": str(trace)}) as up:
+@pytest.mark.long
+def test_disagg_answers_as_one_worker_does(aggregated, tmp_path):
+    """Every token exact."""
+    with served("disagg", tmp_path, tier={"exact": "all"}) as up:
         answer = up.ask(question())
-        decode = up.counters()["Decode"]
-    blocks = (answer.prompt_tokens - 1) // 32
+        assert up.counters()["Decode"]["kvtc_pulled_blocks pulled"] == (answer.prompt_tokens - 1) // 32
+    assert answer.text == aggregated[0]
+
+
+def test_disagg(tmp_path):
+    """Coded: all that one hop of the network carries is a twelfth of the raw cache's bytes, and the first layers are computed
+    before the last ones' are decoded."""
+    trace = tmp_path / "trace.jsonl"
+    alone = ["unshare", "-Urn"] if can_be_alone() else []
+    done = subprocess.run(
+        [*alone, sys.executable, "-m", "tests.up.wire", "disagg", str(tmp_path), json.dumps({"trace": str(trace)})],
+        cwd=ROOT, input=question(), capture_output=True, text=True, timeout=SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    answer, decode = told["answer"], told["decode"]
+    blocks = (answer["prompt_tokens"] - 1) // 32
+    assert answer["text"]
     assert decode["kvtc_pulled_blocks pulled"] == blocks
     raw = blocks * 32 * 2 * 30 * 3 * 64 * 4
-    if exact == "all":
-        assert answer.text == request.getfixturevalue("aggregated")[0]
-    else:
-        assert decode["kvtc_pulled_bytes"] <= raw / 12
+    assert decode["kvtc_pulled_bytes"] <= raw / 12
+    if alone:
+        # To the NATS server and from it: what went through it crossed the loopback twice.
+        assert decode["kvtc_pulled_bytes"] < told["wire"] / 2 <= raw / 12
     steps = [json.loads(line) for line in trace.read_text().splitlines()]
     first = {what: min(step["at"] for step in steps if step["what"] == what) for what in ("arrived", "attention")}
     last = {what: max(step["at"] for step in steps if step["what"] == what) for what in ("arrived", "loaded")}
     assert first["attention"] < last["loaded"]
     # On one machine's loopback all may have arrived by then: told, not demanded (tests/adapters/connector does).
-    print(
-        {what: at - first["arrived"] for what, at in [*last.items(), ("attention", first["attention"])]}, answer, decode
-    )
+    print({what: at - first["arrived"] for what, at in [*last.items(), ("attention", first["attention"])]}, raw, told)
+
+
+def can_be_alone() -> bool:
+    """Whether a process can have a network of its own here."""
+    tool = shutil.which("unshare")
+    return tool is not None and not subprocess.run([tool, "-Urn", "true"], check=False, capture_output=True).returncode
