@@ -91,8 +91,8 @@ def test_disagg_answers_as_one_worker_does(aggregated, tmp_path):
 
 
 def test_disagg(tmp_path):
-    """Coded: all that one hop of the network carries is a twelfth of the raw cache's bytes, and the first layers are computed
-    before the last ones' are decoded."""
+    """Coded: all that one hop of the network carries is a twelfth of the raw cache's bytes, and the first layers are
+    computed before the last ones' are decoded."""
     trace = tmp_path / "trace.jsonl"
     alone = ["unshare", "-Urn"] if can_be_alone() else []
     done = subprocess.run(
