@@ -42,8 +42,7 @@ class PlacedStore(TieredStore):
 
     def get_many(self, keys: Sequence[bytes]) -> list[Lease | None]:
         leases: list[Lease | None] = [None] * len(keys)
-        for tier in self._tiers():
-            own = [i for i, key in enumerate(keys) if self._of(key) is tier]
+        for tier, own in self._by_tier(keys):
             for i, lease in zip(own, tier.get_many([keys[i] for i in own]), strict=True):
                 leases[i] = lease
         return self._counted(leases)
@@ -53,7 +52,12 @@ class PlacedStore(TieredStore):
         return self._place(key) if tier is not None and tier.contains(key) else None
 
     def tiers_of(self, keys: Sequence[bytes]) -> list[str | None]:
-        return [self.tier_of(key) for key in keys]
+        out: list[str | None] = [None] * len(keys)
+        for tier, own in self._by_tier(keys):
+            name = "host" if tier is self.host else "disk"
+            for i, here in zip(own, tier.contains_many([keys[i] for i in own]), strict=True):
+                out[i] = name if here else None
+        return out
 
     def stats(self) -> StoreStats:
         """As ``TieredStore``'s; evictions: from either."""
@@ -64,6 +68,15 @@ class PlacedStore(TieredStore):
         if name not in ("host", "disk"):
             raise ConfigError(f"a key's place is {name!r}; it must be 'host' or 'disk'")
         return self.host if name == "host" else self.disk
+
+    def _by_tier(self, keys: Sequence[bytes]) -> list[tuple[Store, list[int]]]:
+        """Each tier that some of the keys belong to, and which."""
+        found: dict[Store, list[int]] = {}
+        for i, key in enumerate(keys):
+            tier = self._of(key)
+            if tier is not None:
+                found.setdefault(tier, []).append(i)
+        return list(found.items())
 
     def _host_evicted(self, key: bytes, lease: Lease | None) -> None:
         self._removed(key)

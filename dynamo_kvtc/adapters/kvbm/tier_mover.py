@@ -42,6 +42,7 @@ _NONCE_BYTES = 16
 _KEY = struct.Struct("<16sBQQ")
 """Session, pool, id, generation."""
 _POOLS = (Pool.HOST, Pool.DISK)
+_HOST = _POOLS.index(Pool.HOST)
 REFRESH_SECONDS = 1.0
 _NOTED = 1 << 16
 """Numbers that wait for an engine which may not ask for them."""
@@ -111,8 +112,10 @@ class TierMover:
 
         def ended(failed: Collection[bytes]) -> None:
             bad = set(failed)
-            self._release([key for key, _ in found])
-            done([*missing, *(move.target for key, move in found if key in bad)])
+            try:
+                done([*missing, *(move.target for key, move in found if key in bad)])
+            finally:
+                self._release([key for key, _ in found])
 
         if not blocks or not self.tier.load(blocks, ended, fence=request.fence, deadline=request.deadline):
             ended([key for key, _ in found])
@@ -256,7 +259,7 @@ def code_blocks(
 
 
 def _place(key: bytes) -> str:
-    return "host" if key[_NONCE_BYTES] == _POOLS.index(Pool.HOST) else "disk"
+    return "host" if key[_NONCE_BYTES] == _HOST else "disk"
 
 
 def _named(key: bytes) -> tuple[Pool, int]:
