@@ -33,6 +33,11 @@ def engines() -> Path:
     return Path(os.environ.get("KVTC_ENGINES", ROOT / ".engines"))
 
 
+def python_of(name: str) -> Path:
+    """The interpreter of an environment. Not through a link: torchvision would be loaded under two names."""
+    return (engines() / name).resolve() / "bin" / "python"
+
+
 def require(*names: str) -> Path:
     """Skips the test where an engine is missing; the folder of engines."""
     for name in names:
@@ -53,7 +58,7 @@ def play(module: str, cases: Sequence[Sequence[Any]], timeout: float = 900, moun
     cases: [scenario, model, work, artifact, ...] each. mount: where that process sees a file system of 112 MiB.
     """
     given = json.dumps([[str(x) if isinstance(x, Path) else x for x in case] for case in cases])
-    command = [str(engines() / "vllm" / "bin" / "python"), "-m", module]
+    command = [str(python_of("vllm")), "-m", module]
     if mount is not None:
         command = [*MOUNTING, f'mount -t tmpfs -o size=112m none "{mount}" && exec "$@"', "sh", *command]
     return _run(command, VLLM_KVBM, timeout, len(cases), given)

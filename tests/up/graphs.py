@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dynamo_kvtc.up.place import free_ports
 from dynamo_kvtc.up.run import UpConfig, run
-from tests.engines import ROOT, require
+from tests.engines import ROOT, python_of, require
 
 TOKENS = 24
 """Of an answer."""
@@ -21,7 +21,8 @@ def question() -> str:
 
 
 def python() -> str:
-    return str(require("dynamo") / "dynamo" / "bin" / "python")
+    require("dynamo")
+    return str(python_of("dynamo"))
 
 
 @contextmanager

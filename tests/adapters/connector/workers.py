@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tests.engines import ROOT, engines
+from tests.engines import ROOT, python_of
 
 
 class EngineWorker:
@@ -26,7 +26,7 @@ class EngineWorker:
         environment.pop("TRITON_INTERPRET", None)
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(lent(folder))])}
         command = [
-            str(engines() / "vllm" / "bin" / "python"), "-m", "tests.adapters.connector.driver", str(model), str(path),
+            str(python_of("vllm")), "-m", "tests.adapters.connector.driver", str(model), str(path),
         ]  # fmt: skip
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -19,7 +19,7 @@ import pytest
 
 from tests.adapters.vllm.lives import WRITE_SECONDS, read
 from tests.builders import case_seed
-from tests.engines import ROOT, VLLM_KVBM, engines, environment
+from tests.engines import ROOT, VLLM_KVBM, environment, python_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.model]
 KILLS = int(os.environ.get("KVTC_KILLS", "3"))
@@ -31,7 +31,7 @@ LIFE_SECONDS = 240
 def test_killed_while_it_writes(model, any_artifact, tmp_path):
     rng = random.Random(case_seed())
     told, log = tmp_path / "told", (tmp_path / "log").open("wb")
-    command = [engines() / "vllm" / "bin" / "python", "-m", "tests.adapters.vllm.lives", model, tmp_path, any_artifact]
+    command = [python_of("vllm"), "-m", "tests.adapters.vllm.lives", model, tmp_path, any_artifact]
     lives = subprocess.Popen(
         [str(x) for x in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT,
         env=environment(VLLM_KVBM, 1),

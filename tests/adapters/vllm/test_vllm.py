@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.adapters.conftest import checked
-from tests.engines import can_mount, engines, play
+from tests.engines import can_mount, play, python_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.model]
 DRIVER = "tests.adapters.vllm.driver"
@@ -201,7 +201,7 @@ def test_the_demo_shows_hits_of_every_tier(model, calibrated, tmp_path):
     out.mkdir()
     small = EngineDemoConfig(out, sessions=8, session_tokens=128, returns=1, host_sessions=0.3, answer_tokens=4)
     small.artifact_path(model.name).symlink_to(calibrated)
-    arguments = ["demo", "--engine", "vllm", "--engine-python", engines() / "vllm" / "bin" / "python", "--out", out,
+    arguments = ["demo", "--engine", "vllm", "--engine-python", python_of("vllm"), "--out", out,
                  "--model", model, "--sessions", 8, "--session-tokens", 128, "--returns", 1, "--host-sessions", 0.3,
                  "--answer-tokens", 4]  # fmt: skip
     done = CliRunner().invoke(main, [str(x) for x in arguments])
