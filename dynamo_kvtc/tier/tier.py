@@ -31,6 +31,7 @@ from dynamo_kvtc.tier.transcode import Block, Promise, Transcoder
 from dynamo_kvtc.tier.work import Work
 
 _LOOKED_UP = 64
+"""Keys that a lookup asks the store for at once."""
 LOADS_WAITING = 4096
 """Loads and promises that wait at most; more are refused."""
 
@@ -127,7 +128,7 @@ class Tier:
         self.metrics.count(
             "kvtc_stored_blocks", sum(not k and not yes for k, yes in zip(known, admitted, strict=True)), "not_admitted"
         )
-        self.touch(keys)
+        self.touch([key for key, k in zip(keys, known, strict=True) if k])
         return [yes and not k for k, yes in zip(known, admitted, strict=True)]
 
     def has_room(self, blocks: int) -> bool:

@@ -66,9 +66,7 @@ def main(seed: int) -> None:
 
     generator = np.random.default_rng(seed)
     for count in (1, 2, 3, 5, 8, 16, 17, 24, 25, 47, 48, 49, BLOCKS, *generator.integers(1, BLOCKS, 20)):
-        slots = (torch.from_numpy(generator.permutation(BLOCKS)[:count])[:, None] * TOKENS + torch.arange(TOKENS)).view(
-            -1
-        )
+        slots = _tokens(torch.from_numpy(generator.permutation(BLOCKS)[:count]) * TOKENS)
         positions = _tokens(torch.from_numpy(generator.integers(0, 3, count)) * TOKENS)
         some = torch.from_numpy(generator.random(len(slots)) < 0.1)
         for exact in (None, some, torch.ones_like(some)):

@@ -13,7 +13,7 @@ import torch
 from dynamo_kvtc.codec.paged import Blocks, PagedCodec, PagedLimits
 from dynamo_kvtc.codec.policy import ExactPolicy
 from dynamo_kvtc.codec.warm import compile_all
-from dynamo_kvtc.ops.pages import PagedCache
+from dynamo_kvtc.ops.pages import PagedCache, slots_of
 from dynamo_kvtc.types import KVShape
 from tests.builders import case_seed, make_artifact, make_paper_artifact, random_kv
 
@@ -60,9 +60,8 @@ def test_nothing_is_compiled_later(profile):
     coded = 0
     try:
         for count in (1, 2, 7, 16, 100, 255, 256, 511, 600):
-            slots = (
-                torch.from_numpy(generator.permutation(pages)[:count])[:, None] * tokens + torch.arange(tokens)
-            ).view(-1)
+            chosen = torch.from_numpy(generator.permutation(pages)[:count])
+            slots = slots_of(chosen, tokens)
             exact = torch.from_numpy(generator.random(len(slots)) < 0.05)
             for asked in (None, exact):
                 encoded = codec.encode(Blocks.uniform(slots, slots, tokens, asked), arena, 0)

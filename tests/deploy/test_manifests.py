@@ -15,7 +15,7 @@ from dynamo_kvtc.up.manifest import config_maps, read_manifest
 from dynamo_kvtc.up.place import FRONTEND, WORKER, get_flag
 from dynamo_kvtc.up.schema import Graph, parse
 from dynamo_kvtc.up.settings import CONNECTOR, EXTRA, FLAG, artifact_of, module_of, read_settings
-from tests.engines import ROOT, require
+from tests.engines import ROOT, python_of, require
 
 DEPLOY = ROOT / "deploy"
 FILES = sorted(DEPLOY.glob("*.yaml"))
@@ -159,12 +159,12 @@ print(json.dumps(told))
 @pytest.mark.parametrize("module", [FRONTEND, WORKER])
 def test_real_parsers_accept_every_argument(module):
     """And refuse one that they do not know: they do look."""
-    python = require("dynamo") / "dynamo" / "bin" / "python"
+    require("dynamo")
     components = [c for path in GRAPHS for c in read_manifest(path).components if c.command[2] == module]
     commands = [list(c.command[3:]) for c in components]
     assert len(commands) >= len(GRAPHS)
     done = subprocess.run(
-        [str(python), "-c", PARSE, json.dumps([module, [*commands, [*commands[0], "--no-such-flag"]]])],
+        [str(python_of("dynamo")), "-c", PARSE, json.dumps([module, [*commands, [*commands[0], "--no-such-flag"]]])],
         capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -34,8 +34,8 @@ def engines() -> Path:
 
 
 def python_of(name: str) -> Path:
-    """The interpreter of an environment. Not through a link: torchvision would be loaded under two names."""
-    return (engines() / name).resolve() / "bin" / "python"
+    """The interpreter of an environment."""
+    return engines() / name / "bin" / "python"
 
 
 def require(*names: str) -> Path:

@@ -7,7 +7,6 @@ schemas are declared here just before that import, without kernels: serving text
 
 from __future__ import annotations
 
-import contextlib
 import importlib.abc
 import sys
 from typing import Any
@@ -20,9 +19,9 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         import torch
 
-        for operator in ("nms", "qnms"):
-            # Declared already where the build fits.
-            with contextlib.suppress(RuntimeError):
+        # Where torch is a CUDA build, too, the compiled part loads, and declares them itself.
+        if torch.version.cuda is None:
+            for operator in ("nms", "qnms"):
                 torch.library.define(
                     f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
                 )

@@ -53,7 +53,7 @@ class Model:
         return {Holder(w, TIERS[held[key][0]], held[key][1]) for w, held in self.held.items() if key in held}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(STEP, max_size=20))
 def test_it_is_what_dicts_would_be(steps):
     index, model = Index(MIN_BYTES), Model()

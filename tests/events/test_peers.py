@@ -14,7 +14,7 @@ from tests.events.test_index import EVENT, KEYS, Model
 from tests.events.test_schema import up
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(EVENT, min_size=1, max_size=60), st.integers(0, 2**32))
 def test_any_order_and_any_repeats_leave_the_same_state(events, seed):
     """Every event comes at least once, in batches cut anew each time."""
@@ -39,7 +39,7 @@ def test_any_order_and_any_repeats_leave_the_same_state(events, seed):
         assert set(found[0] if found else []) == model.holders(key)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(EVENT, min_size=2, max_size=60), st.data())
 def test_a_snapshot_and_what_comes_meanwhile_leave_the_same_state(events, data):
     """Some events are lost; the snapshot shows each record some time after it was begun."""

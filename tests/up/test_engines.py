@@ -83,11 +83,13 @@ def test_agg_kvbm(tmp_path):
 
 @pytest.mark.long
 def test_disagg_answers_as_one_worker_does(aggregated, tmp_path):
-    """Every token exact."""
-    with served("disagg", tmp_path, tier={"exact": "all"}) as up:
+    """Every token exact; the first layers are computed before the last ones' are decoded."""
+    trace = tmp_path / "trace.jsonl"
+    with served("disagg", tmp_path, tier={"exact": "all", "trace": str(trace)}) as up:
         answer = up.ask(question())
         assert up.counters()["Decode"]["kvtc_pulled_blocks pulled"] == (answer.prompt_tokens - 1) // 32
     assert answer.text == aggregated[0]
+    check_overlap(trace)
 
 
 def test_disagg(tmp_path):
@@ -102,6 +104,7 @@ def test_disagg(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     told = json.loads(done.stdout.strip().splitlines()[-1])
     answer, decode = told["answer"], told["decode"]
+    print(told)
     blocks = (answer["prompt_tokens"] - 1) // 32
     assert answer["text"]
     assert decode["kvtc_pulled_blocks pulled"] == blocks
@@ -110,12 +113,17 @@ def test_disagg(tmp_path):
     if alone:
         # To the NATS server and from it: what went through it crossed the loopback twice.
         assert decode["kvtc_pulled_bytes"] < told["wire"] / 2 <= raw / 12
+    check_overlap(trace)
+
+
+def check_overlap(trace: Path) -> None:
+    """Attention of the first layers before the last layer group was decoded. On one machine's loopback all may have
+    arrived by then: told, not demanded (tests/adapters/connector does)."""
     steps = [json.loads(line) for line in trace.read_text().splitlines()]
     first = {what: min(step["at"] for step in steps if step["what"] == what) for what in ("arrived", "attention")}
     last = {what: max(step["at"] for step in steps if step["what"] == what) for what in ("arrived", "loaded")}
+    print({what: at - first["arrived"] for what, at in [*last.items(), ("attention", first["attention"])]})
     assert first["attention"] < last["loaded"]
-    # On one machine's loopback all may have arrived by then: told, not demanded (tests/adapters/connector does).
-    print({what: at - first["arrived"] for what, at in [*last.items(), ("attention", first["attention"])]}, raw, told)
 
 
 def can_be_alone() -> bool:

@@ -193,7 +193,7 @@ class KvtcConnector(KVConnectorBase_V1):
         return Step(*self._planning.build(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
-        self._planning.reported(connector_output.finished_recving or ())
+        self._planning.reported()
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._planning.request_finished(request)

@@ -34,7 +34,8 @@ class Node:
         self.trace = Trace(options.trace)
         self._changed = threading.Condition()
         self._changes = self._looked = 0
-        self._told: set[str] = set()
+        self.loading = 0
+        """Requests whose load the worker has begun and not yet told of as ended."""
         self._failed: set[str] = set()
         self._storing: dict[str, int] = {}
         self._waited_for: set[str] = set()
@@ -55,15 +56,6 @@ class Node:
         """The worker is about to see what has changed."""
         with self._changed:
             self._looked = self._changes
-
-    def loads_told(self, requests: Collection[str]) -> None:
-        """The worker has said that these loads have ended; the scheduler hears of it a step or two later."""
-        self._told.update(requests)
-
-    def waits_for(self, loading: Collection[str]) -> bool:
-        """Whether any of these loads has yet to end. Forgets what the scheduler has heard of."""
-        self._told.intersection_update(loading)
-        return len(self._told) < len(loading)
 
     def load_failed(self, request: str) -> None:
         with self._changed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,6 @@ class Scheduler:
         self._layerwise = node.options.load == LAYERWISE
         self._states: dict[str, _State] = {}
         self._orders: dict[str, LoadOrder] = {}
-        self._loading: set[str] = set()
 
     def on_new_request(self, request: Any) -> None:
         wish = wish_of(request.kv_transfer_params, request.request_id)
@@ -101,8 +100,6 @@ class Scheduler:
         ]
         remote = {b.key: match.remote[b.key] for b in blocks if b.key in match.remote}
         self._orders[request.request_id] = LoadOrder(request.request_id, blocks, remote, self._layerwise)
-        if not self._layerwise:
-            self._loading.add(request.request_id)
         # They are in the tier, or on their way into it.
         state.next_store = match.first + count
         self._node.tier.touch([b.key for b in blocks if b.key not in remote])
@@ -131,9 +128,8 @@ class Scheduler:
             self._wait_a_little()
         return loads, stores, preempted
 
-    def reported(self, finished_loads: Collection[str]) -> None:
-        """What the worker said of this step."""
-        self._loading.difference_update(finished_loads)
+    def reported(self) -> None:
+        """The worker has told of a step's loads."""
         for rid in self._node.take_failed():
             state = self._states.get(rid)
             if state is not None:
@@ -261,7 +257,7 @@ class Scheduler:
 
     def _wait_a_little(self) -> None:
         asking = any(s.asked and s.handed is None for s in self._states.values())
-        if asking or self._node.waits_for(self._loading):
+        if asking or self._node.loading:
             self._node.wait_change(EMPTY_STEP_SECONDS)
 
 

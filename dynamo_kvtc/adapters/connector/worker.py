@@ -40,6 +40,7 @@ class Worker:
             else:
                 self._running[order.request] = load
             load.start()
+        self.node.loading = len(self._running)
 
     def wait_layer(self, layer: int) -> None:
         """Before a layer's attention: its group is in the pages, or the load is given up."""
@@ -79,7 +80,7 @@ class Worker:
         ended = {request for request, load in self._running.items() if load.ended}
         for request in ended:
             self._note(self._running.pop(request))
-        self.node.loads_told(ended)
+        self.node.loading = len(self._running)
         return self.node.take_freed(), ended
 
     def take_failed_blocks(self) -> set[int]:

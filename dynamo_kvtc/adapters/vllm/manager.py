@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,13 +83,6 @@ class _Request:
     turn: int = 0
     until: float = 0.0
 
-    def own(self, key: bytes, name: Callable[[bytes], bytes]) -> bytes:
-        """Our key of vLLM's, which names the same ones again and again."""
-        found = self.names.get(key)
-        if found is None:
-            found = self.names[key] = name(key)
-        return found
-
     def release(self) -> None:
         for promise in self.promised.values():
             promise.release()
@@ -113,7 +106,8 @@ class Manager(OffloadingManager):
 
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
         with self._lock:
-            self._requests[req_context.req_id] = _Request(opted_out(req_context.kv_transfer_params, req_context.req_id))
+            self._requests.pop(req_context.req_id, None)
+        self._request(req_context)
         return RequestOffloadingContext()
 
     def lookup(self, key: bytes, req_context: Any) -> LookupResult:
@@ -130,7 +124,7 @@ class Manager(OffloadingManager):
                 return LookupResult.MISS
             if key in request.wanted or key in request.asked:
                 return LookupResult.RETRY
-        own = request.own(key, self._tier.key)
+        own = self._own(request, key)
         if not self._tier.lookup([own]):
             if not request.missed:
                 request.missed = True
@@ -180,7 +174,7 @@ class Manager(OffloadingManager):
 
     def touch(self, keys: Collection[bytes], req_context: Any) -> None:
         request = self._request(req_context)
-        self._tier.touch([request.own(key, self._tier.key) for key in keys])
+        self._tier.touch([self._own(request, key) for key in keys])
 
     def prepare_store(self, keys: Collection[bytes], req_context: Any) -> PrepareStoreOutput:
         """Blocks that the queue has no room for are skipped, and counted: a None would be asked for again in every
@@ -189,7 +183,7 @@ class Manager(OffloadingManager):
         request = self._request(req_context)
         if request.off:
             return PrepareStoreOutput([], StoreKeys([], None), [])
-        own = [request.own(key, self._tier.key) for key in listed]
+        own = [self._own(request, key) for key in listed]
         admitted = self._tier.admit(own, sequence_tokens(req_context))
         chosen = [(key, mine) for key, mine, yes in zip(listed, own, admitted, strict=True) if yes]
         ends = [end_position(req_context, key) for key, _ in chosen]
@@ -275,6 +269,13 @@ class Manager(OffloadingManager):
                     opted_out(req_context.kv_transfer_params, req_context.req_id)
                 )
             return found
+
+    def _own(self, request: _Request, key: bytes) -> bytes:
+        """Our key of vLLM's, which names the same ones again and again."""
+        found = request.names.get(key)
+        if found is None:
+            found = request.names[key] = self._tier.key(key)
+        return found
 
     def _ask(self, request: _Request) -> None:
         with self._lock:
