@@ -209,7 +209,7 @@ class Encoder(ABC):
         self._skip_host[turn, :n].copy_(skip, non_blocking=True)
         done = None
         if self._cuda:
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(blocking=True)
             done.record()
         return EncodeChunk(tokens, counts, turn, done)
 
@@ -313,7 +313,7 @@ class Encoder(ABC):
         with torch.cuda.stream(self._copies):
             target.copy_(self._records[: len(target)], non_blocking=True)
             self._left.record()
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(blocking=True)
             done.record()
         return done
 

@@ -24,6 +24,9 @@ from itertools import islice
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.store import Lease, OnEvicted, Record, Store, StoreStats, check_key, check_record_bytes
 from dynamo_kvtc.store.extents import NONE
@@ -34,6 +37,8 @@ UNIT_BYTES = 256
 COMPACT_FROM = 16
 """Records are slid together from one part in so many free."""
 _SLIDE_BYTES = 4 << 20
+_TOGETHER = 32
+"""Records of ``put_many`` that the lock is held for at once."""
 _POPULATE_WRITE = 23
 """Linux 5.14's MADV_POPULATE_WRITE."""
 
@@ -128,6 +133,7 @@ class HostStore(Store):
         self.arena = arena
         self.on_evicted = on_evicted
         self._view = view.cast("B")
+        self._bytes = np.frombuffer(self._view, dtype=np.uint8)
         self._shelf = Shelf(view.nbytes // UNIT_BYTES, UNIT_BYTES)
         self._lock = threading.Lock()
         self._waste: deque[int] = deque()
@@ -137,17 +143,43 @@ class HostStore(Store):
 
     def put(self, key: bytes, record: Record, spare: bool = False) -> bool:
         """As every store's; spare: see above."""
-        check_key(key)
-        source = memoryview(record).cast("B")
-        check_record_bytes(source.nbytes)
+        return self.put_many([(key, record)], spare)[0]
+
+    def put_many(self, items: Iterable[tuple[bytes, Record]], spare: bool = False) -> list[bool]:
+        """As every store's; records are copied without holding Python's interpreter."""
+        sources: list[tuple[bytes, NDArray[np.uint8]]] = []
+        for key, record in items:
+            check_key(key)
+            view = memoryview(record).cast("B")
+            check_record_bytes(view.nbytes)
+            sources.append((key, np.frombuffer(view, dtype=np.uint8)))
+        out: list[bool] = []
+        while len(out) < len(sources):
+            out += self._put_some(sources[len(out) : len(out) + _TOGETHER], spare)
+        return out
+
+    def _put_some(self, sources: Sequence[tuple[bytes, NDArray[np.uint8]]], spare: bool) -> list[bool]:
+        """The first ones: those that there is room for, or if there is none for the first, that one alone."""
+        shelf, slots = self._shelf, list[int]()
         with self._lock:
-            if not self._closed and key in self._shelf.slots:
-                return True
-        room = self.reserve(key, source.nbytes, spare)
-        if room is None:
-            return self.contains(key)
-        room.record[:] = source
-        return room.commit()
+            self._sweep()
+            for key, source in sources:
+                here = self._closed or key in shelf.slots
+                slot = NONE if here else shelf.take(source.nbytes, spare)
+                if slot == NONE and not here:
+                    break
+                slots.append(slot)
+        if not slots:
+            slots.append(self._make_room(sources[0][1].nbytes, spare))
+        for (_, source), slot in zip(sources, slots, strict=False):
+            if slot != NONE:
+                offset = self._offset(slot)
+                self._bytes[offset : offset + source.nbytes] = source
+        with self._lock:
+            for (key, source), slot in zip(sources, slots, strict=False):
+                if slot != NONE:
+                    self._name(key, slot, source.nbytes)
+            return [not self._closed and key in shelf.slots for key, _ in sources[: len(slots)]]
 
     def reserve(self, key: bytes, nbytes: int, spare: bool = False) -> Reservation | None:
         """Room for a record of at most nbytes; None if it cannot be made, or if the key is there already.
@@ -328,14 +360,18 @@ class HostStore(Store):
 
     def _commit(self, key: bytes, slot: int, nbytes: int) -> bool:
         with self._lock:
-            shelf = self._shelf
-            stored = key in shelf.slots
-            if not stored and not self._closed:
-                shelf.shrink(slot, nbytes)
-                shelf.name(slot, key)
-                stored = True
-            shelf.unpin(slot)
-            return stored
+            return self._name(key, slot, nbytes)
+
+    def _name(self, key: bytes, slot: int, nbytes: int) -> bool:
+        """Whether the key is here now, be it with another's record."""
+        shelf = self._shelf
+        stored = key in shelf.slots
+        if not stored and not self._closed:
+            shelf.shrink(slot, nbytes)
+            shelf.name(slot, key)
+            stored = True
+        shelf.unpin(slot)
+        return stored
 
     def _unpin(self, slot: int) -> None:
         with self._lock:

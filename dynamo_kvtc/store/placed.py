@@ -6,7 +6,7 @@ Nothing moves by itself. What the host or the disk has no room for is evicted, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from dynamo_kvtc.errors import ConfigError
@@ -27,15 +27,18 @@ class PlacedStore(TieredStore):
         super().__init__(host, disk, on_moved=on_moved, on_removed=on_removed)
         self._place = place
 
-    def put(self, key: bytes, record: Record) -> bool:
+    def put_many(self, items: Iterable[tuple[bytes, Record]]) -> list[bool]:
         """False, too, if the key's tier is not there."""
-        check_key(key)
-        tier = self._of(key)
-        if tier is None or not tier.put(key, record):
-            return False
-        if tier is self.host:
-            self._moved(key, "host")  # the disk tells of itself, after the sync
-        return True
+        listed = list(items)
+        for key, _ in listed:
+            check_key(key)
+        out = [False] * len(listed)
+        for tier, own in self._by_tier([key for key, _ in listed]):
+            for i, stored in zip(own, tier.put_many([listed[i] for i in own]), strict=True):
+                out[i] = stored
+                if stored and tier is self.host:
+                    self._moved(listed[i][0], "host")  # the disk tells of itself, after the sync
+        return out
 
     def stored(self, key: bytes) -> None:
         self._moved(key, "host")

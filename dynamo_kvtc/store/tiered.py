@@ -55,16 +55,24 @@ class TieredStore(Store):
             disk.on_lost = self._disk_lost
 
     def put(self, key: bytes, record: Record) -> bool:
-        check_key(key)
+        return self.put_many([(key, record)])[0]
+
+    def put_many(self, items: Iterable[tuple[bytes, Record]]) -> list[bool]:
+        listed = list(items)
+        for key, _ in listed:
+            check_key(key)
         if self.host is None:
             assert self.disk is not None
-            return self.disk.put(key, record)
-        if self.host.contains(key):
-            return True
-        if self.host.put(key, record):
-            self.stored(key)
-            return True
-        return self.disk is not None and self.disk.put(key, record)
+            return self.disk.put_many(listed)
+        known = self.host.contains_many([key for key, _ in listed])
+        out = self.host.put_many(listed)
+        for i, (key, record) in enumerate(listed):
+            if out[i]:
+                if not known[i]:
+                    self.stored(key)
+            elif self.disk is not None:
+                out[i] = self.disk.put(key, record)
+        return out
 
     def stored(self, key: bytes) -> None:
         """A record was committed to the host: writes it through if asked to, and tells ``on_moved``."""

@@ -38,11 +38,12 @@ def open_tier(
     options: TierOptions, engine: EngineCache, pages: Pages | PagedCache, artifact: Artifact | None = None,
     metrics: TierMetrics | None = None, on_moved: Callable[[bytes, str], None] | None = None,
     on_removed: Callable[[bytes], None] | None = None, limits: PagedLimits | None = None, place: Place | None = None,
-    queue_bytes: int | None = None, announcer: Announcer | None = None,
+    queue_bytes: int | None = None, announcer: Announcer | None = None, engine_first: bool = True,
 ) -> Tier:  # fmt: skip
     """pages: the door to a CPU's pages, or the views of a GPU's. on_moved, on_removed: as ``TieredStore`` tells them.
     place: for an engine that decides itself what lies on host and disk (``PlacedStore``); its disk begins empty.
     queue_bytes: of raw blocks that wait, instead of the options'. announcer: tells other workers, once it is started.
+    engine_first: stores let the engine's next step go first (False: another worker waits for what is stored).
 
     Raises ConfigError, ArtifactError or MissingDependencyError: options that cannot be used together, budgets larger
     than memory or disk, a folder that cannot be written, an artifact of another model or cache.
@@ -66,7 +67,9 @@ def open_tier(
     transcoder: Transcoder
     if isinstance(pages, PagedCache):
         codec = PagedCodec(artifact, point, pages, policy, limits)
-        transcoder = CudaTranscoder(codec, cpu_codec, None if arena is None else pinned(arena, pages.device))
+        transcoder = CudaTranscoder(
+            codec, cpu_codec, None if arena is None else pinned(arena, pages.device), engine_first=engine_first
+        )
         if pages.device.type == "cuda":
             transcoder.warm()
     else:

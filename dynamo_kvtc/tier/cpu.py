@@ -46,7 +46,7 @@ class CpuTranscoder:
         whole = torch.tensor([b.exact for b in blocks]).repeat_interleave(self.block_tokens)
         exact = whole | (positions < self._codec.policy.sinks)
         encoded = self._codec.encode_blocks(k, v, positions, exact, self.block_tokens)
-        stored = [put(block.key, e.record) for block, e in zip(blocks, encoded, strict=True)]
+        stored = put([(block.key, e.record) for block, e in zip(blocks, encoded, strict=True)])
         counts = [e.exact for block, e in zip(blocks, encoded, strict=True) if not block.exact]
         total = ExactCounts(*(sum(getattr(c, name) for c in counts) for name in ("policy", "nonfinite", "error_bound")))
         return stored, [len(e.record) for e in encoded], total

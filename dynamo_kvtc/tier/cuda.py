@@ -3,6 +3,8 @@ into them.
 
 A promise checks a record's checksums on the host and keeps its lease; the GPU checks them again while it decodes. What
 the engine had launched by a fence is waited for on a stream of this side's own, so no thread of the engine waits.
+Stores also let the step that comes after theirs go first, if the engine has launched it by the time their own is done:
+in it the last tokens of a long prompt are computed, for which somebody waits.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +37,22 @@ SCRATCH_BYTES = 96 << 20
 """Pinned memory that records pass through, each way: more than the codec's largest chunk of them."""
 
 
+class Fence(NamedTuple):
+    """A point in what an engine has launched on a stream."""
+
+    event: torch.cuda.Event
+    stream: torch.cuda.Stream
+
+    def and_the_next_step(self) -> torch.cuda.Event:
+        """Waits for it, if it has not passed; what the engine has launched by then."""
+        if self.event.query():
+            return self.event
+        self.event.synchronize()
+        later = torch.cuda.Event()
+        later.record(self.stream)
+        return later
+
+
 class CudaTranscoder:
     """arena: uint8 [bytes] over the host store's memory, pinned (``close`` unpins it), or None if there is none."""
 
@@ -42,9 +60,11 @@ class CudaTranscoder:
     by_group: GroupDecoder | None = None
 
     def __init__(
-        self, codec: PagedCodec, checker: BlockCodec, arena: Tensor | None, scratch_bytes: int = SCRATCH_BYTES
-    ) -> None:
-        """checker: the same artifact and point, for headers."""
+        self, codec: PagedCodec, checker: BlockCodec, arena: Tensor | None, scratch_bytes: int = SCRATCH_BYTES,
+        engine_first: bool = True,
+    ) -> None:  # fmt: skip
+        """checker: the same artifact and point, for headers; engine_first: stores let the engine's next step pass."""
+        self._engine_first = engine_first
         self._codec, self._checker, self._arena = codec, checker, arena
         self.block_tokens = codec.cache.tokens_per_block
         self.raw_block_bytes = self.block_tokens * codec.artifact.shape.bytes_per_token
@@ -57,18 +77,22 @@ class CudaTranscoder:
         # One each way: what the codec's two halves share, they only read.
         self._streams = [torch.cuda.Stream(device) for _ in range(2)] if self._cuda else [None, None]
 
-    def fence(self) -> Any:
+    def fence(self) -> Fence | None:
         if not self._cuda:
             return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        stream = torch.cuda.current_stream(self._device)
+        event = torch.cuda.Event(blocking=True)
+        event.record(stream)
+        return Fence(event, stream)
 
-    def stage(self, blocks: Sequence[Block], fence: Any) -> tuple[Sequence[Block], Any]:
+    def stage(self, blocks: Sequence[Block], fence: Fence | None) -> tuple[Sequence[Block], Fence | None]:
         return blocks, fence
 
-    def encode(self, staged: tuple[Sequence[Block], Any], put: Put) -> tuple[list[bool], list[int], ExactCounts]:
+    def encode(
+        self, staged: tuple[Sequence[Block], Fence | None], put: Put
+    ) -> tuple[list[bool], list[int], ExactCounts]:
         blocks, fence = staged
+        after = None if fence is None else fence.and_the_next_step() if self._engine_first else fence.event
         stored: list[bool] = []
         sizes: list[int] = []
         policy = unfit = 0
@@ -76,7 +100,7 @@ class CudaTranscoder:
         while waiting:
             part = waiting.pop(0)
             try:
-                with self._on(self._streams[0], fence):
+                with self._on(self._streams[0], after):
                     encoded = self._codec.encode(self._blocks(part, encoding=True), self._out, 0)
                     encoded.finish()
             except ConfigError:
@@ -87,9 +111,9 @@ class CudaTranscoder:
                 waiting[:0] = [part[:middle], part[middle:]]
                 continue
             data = self._out.numpy().data
-            for block, at, size in zip(part, encoded.offsets, encoded.sizes, strict=True):
-                stored.append(put(block.key, data[int(at) : int(at) + int(size)]))
-                sizes.append(int(size))
+            places = list(zip(encoded.offsets.tolist(), encoded.sizes.tolist(), strict=True))
+            stored += put([(block.key, data[at : at + size]) for block, (at, size) in zip(part, places, strict=True)])
+            sizes += [size for _, size in places]
             coded = ~np.repeat([block.exact for block in part], self.block_tokens)
             policy += int((encoded.exact & encoded.asked & coded).sum())
             unfit += int((encoded.exact & ~encoded.asked & coded).sum())
@@ -157,7 +181,7 @@ class CudaTranscoder:
             key, tier, len(lease), (lease, first if last - first == self.block_tokens - 1 else -1), lease.release
         )
 
-    def load(self, blocks: Sequence[Block], promises: Sequence[Promise], fence: Any) -> list[Exception | None]:
+    def load(self, blocks: Sequence[Block], promises: Sequence[Promise], fence: Fence | None) -> list[Exception | None]:
         out: list[Exception | None] = [None] * len(blocks)
         in_place, copied = [], []
         for i, (block, promise) in enumerate(zip(blocks, promises, strict=True)):
@@ -205,10 +229,10 @@ class CudaTranscoder:
 
     def _decode(
         self, arena: Tensor, offsets: Sequence[int], which: Sequence[int], blocks: Sequence[Block],
-        promises: Sequence[Promise], fence: Any, out: list[Exception | None],
+        promises: Sequence[Promise], fence: Fence | None, out: list[Exception | None],
     ) -> None:  # fmt: skip
         sizes = np.array([promises[i].coded_bytes for i in which], dtype=np.int64)
-        with self._on(self._streams[1], fence):
+        with self._on(self._streams[1], None if fence is None else fence.event):
             restore = self._codec.decode(
                 arena, np.array(offsets, np.int64), sizes, self._blocks([blocks[i] for i in which]), by_group=False
             )
@@ -228,12 +252,12 @@ class CudaTranscoder:
         return Blocks.uniform((ids[:, None] * n + step).reshape(-1), positions, n, exact)
 
     @contextmanager
-    def _on(self, stream: Any, fence: Any) -> Iterator[None]:
-        """Launches on a stream after a fence."""
+    def _on(self, stream: Any, after: torch.cuda.Event | None) -> Iterator[None]:
+        """Launches on a stream after an event."""
         if stream is None:
             yield
             return
         with torch.cuda.stream(stream):
-            if fence is not None:
-                stream.wait_event(fence)
+            if after is not None:
+                stream.wait_event(after)
             yield

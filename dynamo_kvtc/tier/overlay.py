@@ -43,10 +43,13 @@ class Overlay:
         # The last ones matter most.
         return found[max(0, len(found) - room) :]
 
-    def put(self, key: bytes, record: memoryview | bytes) -> bool:
+    def put_many(self, items: Sequence[tuple[bytes, memoryview | bytes]]) -> list[bool]:
+        if not items:
+            return []
         assert self._host is not None
-        stored = self._host.put(key, record, spare=True)
-        self._metrics.count("kvtc_overlay_blocks", 1, "stored" if stored else "no_room")
+        stored = self._host.put_many(items, spare=True)
+        self._metrics.count("kvtc_overlay_blocks", sum(stored), "stored")
+        self._metrics.count("kvtc_overlay_blocks", len(stored) - sum(stored), "no_room")
         return stored
 
     def get_many(self, keys: Sequence[bytes]) -> list[tuple[bytes, Lease]]:

@@ -42,7 +42,8 @@ class Promise:
             let_go()
 
 
-Put = Callable[[bytes, memoryview | bytes], bool]
+Put = Callable[[Sequence[tuple[bytes, memoryview | bytes]]], list[bool]]
+"""Stores records under keys: whether each is stored."""
 
 
 class GroupDecoder(Protocol):
@@ -84,8 +85,8 @@ class Transcoder(Protocol):
         ...
 
     def encode(self, staged: Any, put: Put) -> tuple[list[bool], list[int], ExactCounts]:
-        """Records of the blocks handed to ``put`` in turn: what it said, their lengths, exact tokens by reason (those
-        of exact blocks are not counted)."""
+        """Records of the blocks handed to ``put``, some at a time, in order: what it said, their lengths, exact tokens
+        by reason (those of exact blocks are not counted)."""
         ...
 
     def promise(

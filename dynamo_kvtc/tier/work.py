@@ -30,10 +30,13 @@ class Work:
     def encode(self, blocks: Sequence[Block], staged: Any) -> list[bytes]:
         """Keys that are not stored. staged: of the blocks, and after them of their exact copies."""
         began = time.monotonic()
-        ours = {b.key for b in blocks}
+        left = len(blocks)
 
-        def put(key: bytes, record: memoryview | bytes) -> bool:
-            return self._store.put(key, record) if key in ours else self._overlay.put(key, record)
+        def put(items: Sequence[tuple[bytes, memoryview | bytes]]) -> list[bool]:
+            nonlocal left
+            ours, exact = items[:left], items[left:]
+            left -= len(ours)
+            return self._store.put_many(ours) + self._overlay.put_many(exact)
 
         stored, sizes, exact = self.transcoder.encode(staged, put)
         stored, sizes = stored[: len(blocks)], sizes[: len(blocks)]

@@ -107,6 +107,25 @@ def test_many_at_once(store):
         lease.release()
 
 
+def test_many_at_once_of_which_the_last_push_out_the_first(store):
+    """And one that is named twice is one record."""
+    items = [(key_of(i), record_of(i, 15_000)) for i in range(600)]
+    items.insert(599, items[598])
+    stored = []
+    for some in range(0, 601, 100):
+        stored += store.put_many(items[some : some + 100])
+        if hasattr(store, "flush"):
+            store.flush()
+    stats = store.stats()
+    assert len(stored) == 601
+    assert stats.used_bytes <= stats.budget_bytes
+    assert stats.entries < 600
+    assert stored[-3:] == [True] * 3
+    for i in (597, 598, 599):
+        assert taken(store, key_of(i)) == record_of(i, 15_000)
+    assert taken(store, key_of(0)) is None
+
+
 def test_the_budget_holds_and_the_least_recently_used_go(store):
     for i in range(600):
         store.put(key_of(i), record_of(i, 15_000))

@@ -12,6 +12,7 @@ from dynamo_kvtc.codec.policy import ExactPolicy
 from dynamo_kvtc.errors import RecordCorruptError
 from dynamo_kvtc.ops.pages import PagedCache
 from dynamo_kvtc.tier.build import open_tier
+from dynamo_kvtc.tier.cuda import Fence
 from dynamo_kvtc.tier.options import TierOptions
 from dynamo_kvtc.tier.pages import StridedPages
 from dynamo_kvtc.tier.transcode import Block
@@ -169,3 +170,30 @@ def test_damage_is_found_at_the_promise_or_by_the_gpu(engine):
     wrong = Block(blocks[1].key, blocks[1].block_id, 16)
     assert load(tier, [wrong]) == [wrong.key]
     tier.close()
+
+
+@pytest.mark.gpu
+def test_a_store_lets_the_next_step_pass():
+    x, stream = torch.randn(8192, 8192, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+
+    def step():
+        with torch.cuda.stream(stream):
+            for _ in range(10):
+                torch.mm(x, x)
+            event = torch.cuda.Event(blocking=True)
+            event.record(stream)
+            return event
+
+    step().synchronize()
+    fence = Fence(step(), stream)
+    following = step()
+    after = fence.and_the_next_step()
+    assert fence.event.query()
+    assert after is not fence.event
+    assert not following.query()
+    after.synchronize()
+    assert following.query()
+    # One that has passed long ago is not waited behind.
+    step()
+    assert fence.and_the_next_step() is fence.event

@@ -87,11 +87,11 @@ def test_a_replaced_artifact_finds_nothing(engine, folder):
     again.close()
 
 
-@pytest.mark.parametrize("what", ["stage", "encode", "put"])
+@pytest.mark.parametrize("what", ["stage", "encode", "put_many"])
 def test_a_store_that_raises(engine, what):
     tier = engine.tier()
     blocks = engine.sequence(tier, 3)
-    owner = tier._store if what == "put" else tier.transcoder
+    owner = tier._store if what == "put_many" else tier.transcoder
     good = getattr(owner, what)
 
     def bad(*args):

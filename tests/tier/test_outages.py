@@ -107,7 +107,7 @@ def test_threads_that_raise(world, folder):
         return call
 
     owners = {"stage": tier.transcoder, "encode": tier.transcoder, "promise": tier.transcoder, "load": tier.transcoder,
-              "put": tier._store}  # fmt: skip
+              "put_many": tier._store}  # fmt: skip
     for name, owner in owners.items():
         setattr(owner, name, shaky(getattr(owner, name), name))
     traffic.run(60, turns=40)

@@ -98,7 +98,8 @@ class KvtcConnector(KVConnectorBase_V1):
         caches = caches_of(kv_caches, engine, int(self._kv_cache_config.num_blocks), options)
         pages = pages_of(caches, engine, artifact.shape)
         node.tier = open_tier(
-            options.tier, cache, pages, artifact, node.metrics, node.router.moved, node.router.removed
+            options.tier, cache, pages, artifact, node.metrics, node.router.moved, node.router.removed,
+            engine_first=options.nats is None,
         )  # fmt: skip
         try:
             node.cluster = open_cluster(options, node.tier, artifact)
