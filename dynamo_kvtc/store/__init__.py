@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -32,43 +33,50 @@ Record = bytes | bytearray | memoryview
 class Lease:
     """A record on loan: its bytes stay where and what they are until ``release`` (or the end of ``with``).
 
-    record: read-only memoryview; releasing ends it. A tensor or array made over it ends with the lease, too, without
-        being told: its bytes are another record's soon.
+    record: read-only memoryview, made when it is asked for; releasing ends it. A tensor or array made over it ends with
+        the lease, too, without being told: its bytes are another record's soon.
     offset: where the record starts in the store's ``arena``; None if it is not in one.
     Forgotten leases are released when they are collected, but not before the store is used again.
     """
 
-    __slots__ = ("_done", "_read", "_slot", "_view", "_waste", "offset")
+    __slots__ = ("_done", "_nbytes", "_read", "_slot", "_source", "_waste", "offset")
 
     def __init__(
-        self, record: Record, offset: int | None = None, slot: int = -1,
-        done: Callable[[int], None] | None = None, waste: deque[int] | None = None,
+        self, source: Record, nbytes: int, offset: int | None = None, slot: int = -1,
+        done: Callable[[Sequence[int]], None] | None = None, waste: deque[int] | None = None,
     ) -> None:  # fmt: skip
-        self._view = memoryview(record)
+        """source: the record, or with an offset what it lies in; done: told the slot when the lease ends."""
+        self._source: Record | None = source
+        self._nbytes, self.offset = nbytes, offset
         self._read: memoryview | None = None
-        self.offset = offset
         self._slot, self._done, self._waste = slot, done, waste
 
     @property
     def record(self) -> memoryview:
+        """Raises ValueError once the lease has ended."""
         if self._read is None:
-            self._read = self._view.toreadonly()
+            if self._source is None:
+                raise ValueError("the lease on this record has ended")
+            start = self.offset or 0
+            with memoryview(self._source) as view, view[start : start + self._nbytes] as own:
+                self._read = own.toreadonly()
         return self._read
 
     def release(self) -> None:
         """Again is no error."""
-        done, self._done, self._waste = self._done, None, None
-        try:
-            if self._read is not None:
-                self._read.release()
-            self._view.release()
-        except BufferError:
-            pass  # a view over it is alive: see above
+        done = self._end()
         if done is not None:
-            done(self._slot)
+            done((self._slot,))
+
+    def _end(self) -> Callable[[Sequence[int]], None] | None:
+        done, self._done, self._waste, self._source = self._done, None, None, None
+        if self._read is not None:
+            with suppress(BufferError):  # a view over it is alive: see above
+                self._read.release()
+        return done
 
     def __len__(self) -> int:
-        return self._view.nbytes
+        return self._nbytes
 
     def __enter__(self) -> Lease:
         return self
@@ -83,6 +91,17 @@ class Lease:
         waste = getattr(self, "_waste", None)
         if waste is not None:
             waste.append(self._slot)
+
+
+def release_all(leases: Iterable[Lease]) -> None:
+    """``release`` of each, for less than one by one."""
+    slots: dict[Callable[[Sequence[int]], None], list[int]] = {}
+    for lease in leases:
+        done = lease._end()
+        if done is not None:
+            slots.setdefault(done, []).append(lease._slot)
+    for done, own in slots.items():
+        done(own)
 
 
 @dataclass(frozen=True)

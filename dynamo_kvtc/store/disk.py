@@ -141,7 +141,7 @@ class DiskStore(Store):
         shares = [cold[n :: len(self._readers)] for n in range(min(len(self._readers), len(cold)))]
         in_time = self._readers.run([partial(self._read_all, share, out) for share in shares], deadline)
         # Whatever comes later comes into a list that nobody has.
-        leases = [None if record is None else Lease(record) for record in list(out)]
+        leases = [None if record is None else Lease(record, len(record)) for record in list(out)]
         hits = sum(lease is not None for lease in leases)
         slow = {job[0] for job in cold}
         with q.lock:

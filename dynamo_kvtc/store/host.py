@@ -104,7 +104,7 @@ class Reservation:
         """Again, or after a commit, is no error."""
         if not self._done:
             self._done = True
-            self._store._unpin(self._slot)
+            self._store._unpin((self._slot,))
 
     def __enter__(self) -> Reservation:
         return self
@@ -223,10 +223,7 @@ class HostStore(Store):
             self._counts["misses"] += miss * misses
             self._counts["hits"] += len(keys) - misses
         view, unpin, waste = self._view, self._unpin, self._waste
-        return [
-            None if place is None else Lease(view[place[1] : place[1] + place[2]], place[1], place[0], unpin, waste)
-            for place in found
-        ]
+        return [None if place is None else Lease(view, place[2], place[1], place[0], unpin, waste) for place in found]
 
     def held(self) -> list[tuple[bytes, int]]:
         """(key, bytes) of all records but the spare ones."""
@@ -327,8 +324,8 @@ class HostStore(Store):
                 offset, size = self._offset(victim), shelf.nbytes[victim]
             assert key is not None
             # Nobody finds it any more, and its bytes stay until the callback has seen them.
-            self._tell(key, Lease(self._view[offset : offset + size], offset))
-            self._unpin(victim)
+            self._tell(key, Lease(self._view, size, offset))
+            self._unpin((victim,))
 
     def _tell(self, key: bytes, lease: Lease) -> None:
         try:
@@ -373,9 +370,10 @@ class HostStore(Store):
         shelf.unpin(slot)
         return stored
 
-    def _unpin(self, slot: int) -> None:
+    def _unpin(self, slots: Sequence[int]) -> None:
         with self._lock:
-            self._shelf.unpin(slot)
+            for slot in slots:
+                self._shelf.unpin(slot)
 
     def _sweep(self) -> None:
         """Leases and reservations that were collected without an end."""

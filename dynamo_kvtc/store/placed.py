@@ -13,7 +13,7 @@ from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.store import Lease, Record, Store, StoreStats, check_key
 from dynamo_kvtc.store.disk import DiskStore
 from dynamo_kvtc.store.host import HostStore
-from dynamo_kvtc.store.tiered import TieredStore
+from dynamo_kvtc.store.tiered import Fetched, TieredStore, fetched
 
 Place = Callable[[bytes], str]
 """The tier a key's record lies in: "host" or "disk"."""
@@ -33,7 +33,7 @@ class PlacedStore(TieredStore):
         for key, _ in listed:
             check_key(key)
         out = [False] * len(listed)
-        for tier, own in self._by_tier([key for key, _ in listed]):
+        for _, tier, own in self._by_tier([key for key, _ in listed]):
             for i, stored in zip(own, tier.put_many([listed[i] for i in own]), strict=True):
                 out[i] = stored
                 if stored and tier is self.host:
@@ -43,12 +43,9 @@ class PlacedStore(TieredStore):
     def stored(self, key: bytes) -> None:
         self._moved(key, "host")
 
-    def get_many(self, keys: Sequence[bytes]) -> list[Lease | None]:
-        leases: list[Lease | None] = [None] * len(keys)
-        for tier, own in self._by_tier(keys):
-            for i, lease in zip(own, tier.get_many([keys[i] for i in own]), strict=True):
-                leases[i] = lease
-        return self._counted(leases)
+    def fetch(self, keys: Sequence[bytes]) -> list[Fetched]:
+        found = [fetched(name, tier, keys, own)[0] for name, tier, own in self._by_tier(keys)]
+        return self._counted(found, len(keys))
 
     def tier_of(self, key: bytes) -> str | None:
         tier = self._of(key)
@@ -56,8 +53,7 @@ class PlacedStore(TieredStore):
 
     def tiers_of(self, keys: Sequence[bytes]) -> list[str | None]:
         out: list[str | None] = [None] * len(keys)
-        for tier, own in self._by_tier(keys):
-            name = "host" if tier is self.host else "disk"
+        for name, tier, own in self._by_tier(keys):
             for i, here in zip(own, tier.contains_many([keys[i] for i in own]), strict=True):
                 out[i] = name if here else None
         return out
@@ -67,19 +63,20 @@ class PlacedStore(TieredStore):
         return replace(super().stats(), evictions=sum(tier.stats().evictions for tier in self._tiers()))
 
     def _of(self, key: bytes) -> Store | None:
-        name = self._place(key)
+        return self._named(self._place(key))
+
+    def _named(self, name: str) -> Store | None:
         if name not in ("host", "disk"):
             raise ConfigError(f"a key's place is {name!r}; it must be 'host' or 'disk'")
         return self.host if name == "host" else self.disk
 
-    def _by_tier(self, keys: Sequence[bytes]) -> list[tuple[Store, list[int]]]:
+    def _by_tier(self, keys: Sequence[bytes]) -> list[tuple[str, Store, list[int]]]:
         """Each tier that some of the keys belong to, and which."""
-        found: dict[Store, list[int]] = {}
-        for i, key in enumerate(keys):
-            tier = self._of(key)
-            if tier is not None:
-                found.setdefault(tier, []).append(i)
-        return list(found.items())
+        places: dict[str, list[int]] = {}
+        for i, place in enumerate(map(self._place, keys)):
+            places.setdefault(place, []).append(i)
+        tiers = [(name, self._named(name), own) for name, own in places.items()]
+        return [(name, tier, own) for name, tier, own in tiers if tier is not None]
 
     def _host_evicted(self, key: bytes, lease: Lease | None) -> None:
         self._removed(key)

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, cast
 
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.store import Lease, Record, Store, StoreStats, check_key
@@ -26,6 +28,15 @@ _SEEN = 1 << 16
 """Keys whose hits on disk are remembered, to promote on the second."""
 
 log = logging.getLogger(__name__)
+
+
+class Fetched(NamedTuple):
+    """Records of one tier. which: of the keys asked for; seconds: to look for them."""
+
+    tier: str
+    which: list[int]
+    leases: list[Lease]
+    seconds: float
 
 
 class TieredStore(Store):
@@ -88,20 +99,33 @@ class TieredStore(Store):
         return self.get_many([key])[0]
 
     def get_many(self, keys: Sequence[bytes]) -> list[Lease | None]:
-        host = self.host
-        leases: list[Lease | None] = [None] * len(keys) if host is None else host.get_many(keys)
-        missing = [i for i, lease in enumerate(leases) if lease is None]
-        if self.disk is not None and missing:
-            for i, lease in zip(missing, self.disk.get_many([keys[i] for i in missing]), strict=True):
-                leases[i] = None if lease is None else self._promoted(keys[i], lease)
-        return self._counted(leases)
+        leases: list[Lease | None] = [None] * len(keys)
+        for found in self.fetch(keys):
+            for i, lease in zip(found.which, found.leases, strict=True):
+                leases[i] = lease
+        return leases
 
-    def _counted(self, leases: list[Lease | None]) -> list[Lease | None]:
-        hits = sum(lease is not None for lease in leases)
+    def fetch(self, keys: Sequence[bytes]) -> list[Fetched]:
+        """What ``get_many`` finds, by the tier it was in."""
+        out, left = [], list(range(len(keys)))
+        if self.host is not None:
+            found, left = fetched("host", self.host, keys, left)
+            out.append(found)
+        if self.disk is not None and left:
+            found, left = fetched("disk", self.disk, keys, left)
+            out.append(
+                found._replace(
+                    leases=[self._promoted(keys[i], x) for i, x in zip(found.which, found.leases, strict=True)]
+                )
+            )
+        return self._counted(out, len(keys))
+
+    def _counted(self, found: list[Fetched], of: int) -> list[Fetched]:
+        hits = sum(len(f.leases) for f in found)
         with self._lock:
             self._counts["hits"] += hits
-            self._counts["misses"] += len(leases) - hits
-        return leases
+            self._counts["misses"] += of - hits
+        return found
 
     def tier_of(self, key: bytes) -> str | None:
         """ "host", "disk" (queued or on it) or None."""
@@ -232,3 +256,15 @@ class TieredStore(Store):
             log.exception("a callback failed")
             with self._lock:
                 self._counts["callback"] += 1
+
+
+def fetched(name: str, tier: Store, keys: Sequence[bytes], which: list[int]) -> tuple[Fetched, list[int]]:
+    """Those of the keys that the tier has, and which it has not."""
+    began = time.monotonic()
+    leases = tier.get_many(keys if len(which) == len(keys) else [keys[i] for i in which])
+    seconds = time.monotonic() - began
+    if None not in leases:
+        return Fetched(name, which, cast("list[Lease]", leases), seconds), []
+    there = [(i, lease) for i, lease in zip(which, leases, strict=True) if lease is not None]
+    missing = [i for i, lease in zip(which, leases, strict=True) if lease is None]
+    return Fetched(name, [i for i, _ in there], [lease for _, lease in there], seconds), missing

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dynamo_kvtc.codec.headers import SOUND, prove_sections, read_headers
@@ -122,31 +123,17 @@ class CudaTranscoder:
     def promise(
         self, keys: Sequence[bytes], leases: Sequence[Lease], tiers: Sequence[str], prove: bool
     ) -> list[Promise | Exception]:
-        if not prove:
-            # The GPU checks all but this, and the position again with the header's checksum.
-            return [
-                Promise(key, tier, len(lease), (lease, at), lease.release)
-                for key, lease, tier, at in zip(keys, leases, tiers, self._claimed(leases), strict=True)
-            ]
-        first = self._proven(leases)
+        # Not proven here, the GPU checks all but where a block starts (``load`` does), and that again with the header's
+        # checksum.
+        sound = self._proven(leases) if prove else np.ones(len(leases), dtype=np.bool_)
         return [
-            self._promise(key, lease, tier)
-            if at is None
-            else Promise(key, tier, len(lease), (lease, at), lease.release)
-            for key, lease, tier, at in zip(keys, leases, tiers, first, strict=True)
+            Promise(key, tier, len(lease), lease=lease) if good else self._promise(key, lease, tier)
+            for key, lease, tier, good in zip(keys, leases, tiers, sound.tolist(), strict=True)
         ]
 
-    def _claimed(self, leases: Sequence[Lease]) -> list[int]:
-        """Where records start, as their headers say."""
-        if self._arena is None or any(lease.offset is None for lease in leases):
-            return [claimed_position(lease.record) for lease in leases]
-        offsets = np.array([lease.offset for lease in leases], dtype=np.int64)
-        sizes = np.array([len(lease) for lease in leases], dtype=np.int64)
-        return claimed_positions(self._arena.numpy(), offsets, sizes).tolist()
-
-    def _proven(self, leases: Sequence[Lease]) -> list[int | None]:
-        """Where sound records in the arena start, -1 for one with gaps; None for what must be looked at alone."""
-        out: list[int | None] = [None] * len(leases)
+    def _proven(self, leases: Sequence[Lease]) -> NDArray[np.bool_]:
+        """bool [B]: records in the arena that are sound; the others must be looked at one by one."""
+        out = np.zeros(len(leases), dtype=np.bool_)
         here = [i for i, lease in enumerate(leases) if lease.offset is not None and self._arena is not None]
         if not here:
             return out
@@ -160,9 +147,7 @@ class CudaTranscoder:
         prove = partial(prove_sections, arena, batch, good, step=_PROVERS)
         list(self._provers.map(prove, range(min(_PROVERS, len(here)))))
         positions = batch.positions.reshape(-1, n)
-        first = np.where(positions[:, -1] - positions[:, 0] == n - 1, positions[:, 0], -1)
-        for b in np.flatnonzero(good):
-            out[here[b]] = int(first[b])
+        out[here] = good & (positions[:, -1] - positions[:, 0] == n - 1)
         return out
 
     def _promise(self, key: bytes, lease: Lease, tier: str) -> Promise | Exception:
@@ -173,45 +158,54 @@ class CudaTranscoder:
             for group in range(record.groups):
                 record.section(group)
             first, last = int(record.header.positions[0]), int(record.header.positions[-1])
+            if last - first != self.block_tokens - 1:
+                raise RecordMismatchError(f"the record's positions, {first} to {last}, are not a block's")
         except RecordError as exc:
             lease.release()
             return exc
         del record
-        return Promise(
-            key, tier, len(lease), (lease, first if last - first == self.block_tokens - 1 else -1), lease.release
-        )
+        return Promise(key, tier, len(lease), lease=lease)
 
     def load(self, blocks: Sequence[Block], promises: Sequence[Promise], fence: Fence | None) -> list[Exception | None]:
         out: list[Exception | None] = [None] * len(blocks)
-        in_place, copied = [], []
-        for i, (block, promise) in enumerate(zip(blocks, promises, strict=True)):
-            lease, first = promise.held
-            if first != block.first_position:
-                out[i] = RecordMismatchError(f"the record starts at {first}, its block at {block.first_position}")
-            elif lease.offset is not None and self._arena is not None:
-                in_place.append(i)
-            else:
-                copied.append(i)
-        if in_place:
+        leases = [cast(Lease, promise.lease) for promise in promises]
+        offsets = np.array([-1 if x.offset is None or self._arena is None else x.offset for x in leases], np.int64)
+        wanted = np.array([block.first_position for block in blocks], np.int64)
+        first = self._claimed(leases, offsets)
+        for i in np.flatnonzero(first != wanted):
+            out[i] = RecordMismatchError(f"the record starts at {first[i]}, its block at {wanted[i]}")
+        in_place = np.flatnonzero((first == wanted) & (offsets >= 0))
+        if len(in_place):
             # In the arena's order records that were stored together are copied together.
-            in_place.sort(key=lambda i: promises[i].held[0].offset)
+            in_place = in_place[np.argsort(offsets[in_place])]
             assert self._arena is not None
-            offsets = [promises[i].held[0].offset for i in in_place]
-            self._decode(self._arena, offsets, in_place, blocks, promises, fence, out)
+            self._decode(self._arena, offsets[in_place], in_place.tolist(), blocks, promises, fence, out)
+        copied = np.flatnonzero((first == wanted) & (offsets < 0)).tolist()
         while copied:
-            part, offsets, at = [], [], 0
+            part, places, at = [], [], 0
             while copied and at + promises[copied[0]].coded_bytes <= len(self._in):
                 i = copied.pop(0)
                 size = promises[i].coded_bytes
-                self._in.numpy()[at : at + size] = np.frombuffer(promises[i].held[0].record, np.uint8)
+                self._in.numpy()[at : at + size] = np.frombuffer(leases[i].record, np.uint8)
                 part.append(i)
-                offsets.append(at)
+                places.append(at)
                 at += -(-size // _ALIGNMENT) * _ALIGNMENT
             if not part:
                 raise ConfigError(
                     f"a record of {promises[copied[0]].coded_bytes} bytes does not fit the scratch memory"
                 )
-            self._decode(self._in, offsets, part, blocks, promises, fence, out)
+            self._decode(self._in, np.array(places, np.int64), part, blocks, promises, fence, out)
+        return out
+
+    def _claimed(self, leases: Sequence[Lease], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [B]: where records start, as their headers say; offsets: in the arena, -1 for one that is not there."""
+        out = np.empty(len(leases), dtype=np.int64)
+        here = offsets >= 0
+        if self._arena is not None and here.any():
+            sizes = np.array([len(lease) for lease in leases], dtype=np.int64)
+            out[here] = claimed_positions(self._arena.numpy(), offsets[here], sizes[here])
+        for i in np.flatnonzero(~here).tolist():
+            out[i] = claimed_position(leases[i].record)
         return out
 
     def warm(self) -> None:
@@ -228,13 +222,13 @@ class CudaTranscoder:
                 torch.cuda.cudart().cudaHostUnregister(self._arena.data_ptr())
 
     def _decode(
-        self, arena: Tensor, offsets: Sequence[int], which: Sequence[int], blocks: Sequence[Block],
+        self, arena: Tensor, offsets: NDArray[np.int64], which: Sequence[int], blocks: Sequence[Block],
         promises: Sequence[Promise], fence: Fence | None, out: list[Exception | None],
     ) -> None:  # fmt: skip
         sizes = np.array([promises[i].coded_bytes for i in which], dtype=np.int64)
         with self._on(self._streams[1], None if fence is None else fence.event):
             restore = self._codec.decode(
-                arena, np.array(offsets, np.int64), sizes, self._blocks([blocks[i] for i in which]), by_group=False
+                arena, offsets, sizes, self._blocks([blocks[i] for i in which]), by_group=False
             )
         for i, status in zip(which, restore.finish(), strict=True):
             if status:

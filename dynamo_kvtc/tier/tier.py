@@ -27,7 +27,7 @@ from dynamo_kvtc.tier.identity import KeySpace
 from dynamo_kvtc.tier.lane import Lane, safely
 from dynamo_kvtc.tier.metrics import TierMetrics
 from dynamo_kvtc.tier.overlay import Overlay
-from dynamo_kvtc.tier.transcode import Block, Promise, Transcoder
+from dynamo_kvtc.tier.transcode import Block, Promise, Transcoder, release_promises
 from dynamo_kvtc.tier.work import Work
 
 _LOOKED_UP = 64
@@ -226,8 +226,7 @@ class Tier:
         def fail(why: BaseException) -> None:
             self._work.error(why, "load")
             self.metrics.count("kvtc_loaded_blocks", len(blocks), "failed")
-            for promise in promises or ():
-                promise.release()
+            release_promises(promises or ())
             told([b.key for b in blocks])
 
         return self._load.put(run, fail, 1, deadline)

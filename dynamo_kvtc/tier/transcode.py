@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from dynamo_kvtc.codec.policy import ExactCounts
 from dynamo_kvtc.codec.record import Record
-from dynamo_kvtc.store import Lease
+from dynamo_kvtc.store import Lease, release_all
 
 
 class Block(NamedTuple):
@@ -25,21 +25,30 @@ class Block(NamedTuple):
 class Promise:
     """A record that has been read and found sound, kept until it is in pages: ``release`` lets it go.
 
-    tier: where it was; coded_bytes: its length; held: the side's own; exact: whether it is the overlay's record.
+    tier: where it was; coded_bytes: its length; held: what was decoded of it; lease: what is let go of; exact: whether
+    it is the overlay's record.
     """
 
     key: bytes
     tier: str
     coded_bytes: int
-    held: Any
-    let_go: Callable[[], None] | None = None
+    held: Any = None
+    lease: Lease | None = None
     exact: bool = False
 
     def release(self) -> None:
         """Again is no error."""
-        let_go, self.let_go, self.held = self.let_go, None, None
-        if let_go is not None:
-            let_go()
+        release_promises([self])
+
+
+def release_promises(promises: Iterable[Promise]) -> None:
+    """``release`` of each, for less than one by one."""
+    leases = []
+    for promise in promises:
+        if promise.lease is not None:
+            leases.append(promise.lease)
+        promise.held = promise.lease = None
+    release_all(leases)
 
 
 Put = Callable[[Sequence[tuple[bytes, memoryview | bytes]]], list[bool]]

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from dynamo_kvtc.errors import RecordError
-from dynamo_kvtc.store import Lease
+from dynamo_kvtc.store import Lease, release_all
 from dynamo_kvtc.store.tiered import TieredStore
 from dynamo_kvtc.tier.estimate import Estimate
 from dynamo_kvtc.tier.lane import Closed, TooLate
 from dynamo_kvtc.tier.metrics import TierMetrics
 from dynamo_kvtc.tier.overlay import Overlay
-from dynamo_kvtc.tier.transcode import Block, Promise, Transcoder
+from dynamo_kvtc.tier.transcode import Block, Promise, Transcoder, release_promises
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,7 @@ class Work:
         try:
             return out | self._promise_coded([key for key in keys if key not in out], prove)
         except BaseException:
-            for promise in out.values():
-                promise.release()
+            release_promises(out.values())
             raise
 
     def _promise_coded(self, keys: Sequence[bytes], prove: bool) -> dict[bytes, Promise]:
@@ -67,14 +66,11 @@ class Work:
     def fetch(self, keys: Sequence[bytes]) -> list[tuple[bytes, Lease, str]]:
         """Those that are there, with the tier they came from."""
         leases: list[tuple[bytes, Lease, str]] = []
-        for tier, wanted in self._by_tier(keys).items():
-            began = time.monotonic()
-            found = self._store.get_many(wanted)
-            there = [(key, lease, tier) for key, lease in zip(wanted, found, strict=True) if lease is not None]
-            seconds = time.monotonic() - began
-            self.metrics.observe("kvtc_fetch_seconds", seconds, tier)
-            self._estimate.note_fetch(tier, len(wanted) * self.transcoder.block_tokens, seconds)
-            leases += there
+        for tier, which, found, seconds in self._store.fetch(keys):
+            if found:
+                self.metrics.observe("kvtc_fetch_seconds", seconds, tier)
+                self._estimate.note_fetch(tier, len(found) * self.transcoder.block_tokens, seconds)
+            leases += [(keys[i], lease, tier) for i, lease in zip(which, found, strict=True)]
         self.metrics.count("kvtc_lookup_blocks", len(keys) - len(leases), "miss", "none")
         return leases
 
@@ -89,8 +85,7 @@ class Work:
             )
         except BaseException:
             # Not left to the collector: whoever keeps the traceback would keep the records from being moved.
-            for _, lease, _ in leases:
-                lease.release()
+            release_all([lease for _, lease, _ in leases])
             raise
         seconds = time.monotonic() - began
         out: dict[bytes, Promise] = {}
@@ -127,8 +122,7 @@ class Work:
             loaded = [(b, p) for (b, p), error in zip(found, errors, strict=True) if error is None]
             coded = sum(p.coded_bytes for _, p in loaded)
         finally:
-            for _, promise in found:
-                promise.release()
+            release_promises([promise for _, promise in found])
         for (block, promise), error in zip(found, errors, strict=True):
             if error is not None:
                 self.bad(block.key, error, promise.exact)
@@ -174,10 +168,3 @@ class Work:
         else:
             log.error("%s failed", where, exc_info=why)
         self.metrics.count("kvtc_errors", 1, f"{where}_{type(why).__name__}")
-
-    def _by_tier(self, keys: Sequence[bytes]) -> dict[str, list[bytes]]:
-        out: dict[str, list[bytes]] = {}
-        for key, tier in zip(keys, self._store.tiers_of(keys), strict=True):
-            if tier is not None:
-                out.setdefault(tier, []).append(key)
-        return out

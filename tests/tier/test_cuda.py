@@ -151,7 +151,7 @@ def test_damage_is_found_at_the_promise_or_by_the_gpu(engine):
     assert tier.metrics.value("kvtc_errors", "record_RecordCorruptError") == 1
     # Damaged after the promise.
     promises = promise(tier, [blocks[0], blocks[2]])
-    flip(promises[blocks[2].key].held[0])
+    flip(promises[blocks[2].key].lease)
     engine.wipe(range(engine.blocks))
     both = [blocks[0], blocks[2]]
     assert load(tier, both, promises=[promises[b.key] for b in both]) == [blocks[2].key]
