@@ -18,7 +18,15 @@ from collections.abc import Callable
 
 import msgspec
 
-from dynamo_kvtc.errors import KvtcError, NatsError, NatsRefusedError, NatsTimeoutError, NatsUnavailableError
+from dynamo_kvtc.errors import (
+    ConfigError,
+    EventFormatError,
+    KvtcError,
+    NatsError,
+    NatsRefusedError,
+    NatsTimeoutError,
+    NatsUnavailableError,
+)
 from dynamo_kvtc.events.holdings import Holdings, SnapshotServer
 from dynamo_kvtc.events.jetstream import Bucket, Limits, Stream
 from dynamo_kvtc.events.nats import Nats
@@ -35,6 +43,7 @@ from dynamo_kvtc.events.schema import (
     WorkerDown,
     WorkerStats,
     WorkerUp,
+    decode,
     encode,
     tier_number,
 )
@@ -52,6 +61,11 @@ class Publisher:
         self, nats: Nats, up: WorkerUp, holdings: Holdings = tuple, stats: Callable[[], WorkerStats] = WorkerStats,
         options: EventOptions | None = None,
     ) -> None:  # fmt: skip
+        """Raises ConfigError for an ``up`` that others would refuse."""
+        try:
+            decode(Batch, encode(Batch(up.worker, up.epoch, 0, 0, [up])))
+        except EventFormatError as exc:
+            raise ConfigError(f"what this worker tells of itself, {up}, cannot be read by others: {exc}") from exc
         self.options = options or EventOptions()
         self.nats, self.up = nats, up
         self.subjects = Subjects(nats.options.namespace, up.model)
@@ -243,5 +257,7 @@ class Publisher:
 
 
 def _cost(event: Event) -> int:
-    """Bytes that it takes in a batch, at most; who is told of as a worker takes more, but rarely."""
+    """Bytes that it takes in a batch, at most; who is told of as a worker takes some more, but rarely."""
+    if isinstance(event, WorkerUp):
+        return 1024 + sum(len(plane.address) for plane in event.planes)
     return 80 + len(event.parent) if isinstance(event, BlockStored) else 48

@@ -37,6 +37,8 @@ TIERS = ("device", HOST, DISK, "shared")
 Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 Parent = Annotated[bytes, Meta(max_length=KEY_BYTES)]
 Text = Annotated[str, Meta(max_length=256)]
+Address = Annotated[str, Meta(max_length=1 << 14)]
+"""NIXL's metadata has a kilobyte for each of some network devices."""
 Token = Annotated[str, Meta(pattern=f"^{TOKEN.pattern}$", max_length=64)]
 Tier = Annotated[int, Meta(ge=0, lt=len(TIERS))]
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
@@ -81,7 +83,7 @@ class Plane(_Told, frozen=True):
     """One way to pull from a worker. facts: what that plane needs to know, by name."""
 
     name: Token
-    address: Text
+    address: Address
     facts: Annotated[dict[Text, Text], Meta(max_length=16)] = {}
 
 

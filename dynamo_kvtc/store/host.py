@@ -24,9 +24,6 @@ from itertools import islice
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.store import Lease, OnEvicted, Record, Store, StoreStats, check_key, check_record_bytes
 from dynamo_kvtc.store.extents import NONE
@@ -133,7 +130,6 @@ class HostStore(Store):
         self.arena = arena
         self.on_evicted = on_evicted
         self._view = view.cast("B")
-        self._bytes = np.frombuffer(self._view, dtype=np.uint8)
         self._shelf = Shelf(view.nbytes // UNIT_BYTES, UNIT_BYTES)
         self._lock = threading.Lock()
         self._waste: deque[int] = deque()
@@ -142,23 +138,22 @@ class HostStore(Store):
         self._closed = False
 
     def put(self, key: bytes, record: Record, spare: bool = False) -> bool:
-        """As every store's; spare: see above."""
         return self.put_many([(key, record)], spare)[0]
 
     def put_many(self, items: Iterable[tuple[bytes, Record]], spare: bool = False) -> list[bool]:
-        """As every store's; records are copied without holding Python's interpreter."""
-        sources: list[tuple[bytes, NDArray[np.uint8]]] = []
+        """As every store's; spare: see above."""
+        sources: list[tuple[bytes, memoryview]] = []
         for key, record in items:
             check_key(key)
-            view = memoryview(record).cast("B")
-            check_record_bytes(view.nbytes)
-            sources.append((key, np.frombuffer(view, dtype=np.uint8)))
+            source = memoryview(record).cast("B")
+            check_record_bytes(source.nbytes)
+            sources.append((key, source))
         out: list[bool] = []
         while len(out) < len(sources):
             out += self._put_some(sources[len(out) : len(out) + _TOGETHER], spare)
         return out
 
-    def _put_some(self, sources: Sequence[tuple[bytes, NDArray[np.uint8]]], spare: bool) -> list[bool]:
+    def _put_some(self, sources: Sequence[tuple[bytes, memoryview]], spare: bool) -> list[bool]:
         """The first ones: those that there is room for, or if there is none for the first, that one alone."""
         shelf, slots = self._shelf, list[int]()
         with self._lock:
@@ -174,7 +169,7 @@ class HostStore(Store):
         for (_, source), slot in zip(sources, slots, strict=False):
             if slot != NONE:
                 offset = self._offset(slot)
-                self._bytes[offset : offset + source.nbytes] = source
+                self._view[offset : offset + source.nbytes] = source
         with self._lock:
             for (key, source), slot in zip(sources, slots, strict=False):
                 if slot != NONE:

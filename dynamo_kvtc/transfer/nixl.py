@@ -17,6 +17,7 @@ import base64
 import binascii
 import contextlib
 import ctypes
+import importlib
 import logging
 import secrets
 import struct
@@ -52,6 +53,15 @@ _LANDING = struct.Struct("<QH")
 log = logging.getLogger(__name__)
 
 
+def _api() -> Any:
+    """NIXL's Python. Package ``nixl`` picks the wheel that fits the machine's CUDA, and wants the wheels for all of
+    them installed; where it is not, the wheel that is there."""
+    for name in ("nixl", "nixl_cu12", "nixl_cu13"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(f"{name}._api")
+    raise MissingDependencyError("plane nixl needs NIXL: pip install nixl-cu12 (or nixl-cu13, for CUDA 13)")
+
+
 class _Block:
     """Registered memory: address of its first byte, and a view."""
 
@@ -70,13 +80,10 @@ class NixlPlane(plane.Plane):
 
     def __init__(self) -> None:
         """Raises MissingDependencyError, ConfigError."""
+        api = _api()
         try:
-            from nixl._api import nixl_agent, nixl_agent_config
-        except ImportError as exc:
-            raise MissingDependencyError("plane nixl needs NIXL: pip install nixl[cu12] (or nixl[cu13])") from exc
-        try:
-            self._agent = nixl_agent(
-                f"kvtc-{secrets.token_hex(8)}", nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+            self._agent = api.nixl_agent(
+                f"kvtc-{secrets.token_hex(8)}", api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
             )
         except Exception as exc:
             raise ConfigError(f"NIXL's agent cannot be made: {exc}; see UCX_TLS and UCX_NET_DEVICES") from exc

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from dynamo_kvtc.errors import ConfigError, EventError, EventFormatError, EventVersionError
+from dynamo_kvtc.events.publisher import Publisher
 from dynamo_kvtc.events.schema import (
     MAX_EVENTS,
     Batch,
@@ -49,6 +50,20 @@ def up(**more):
         "record_version": 2, "block_tokens": 16, "planes": [Plane("nats", "inbox", {"credit": "4"})], "held": 3,
     }  # fmt: skip
     return WorkerUp(**(told | more))
+
+
+def test_an_address_as_long_as_nixls():
+    """Its metadata names every network device of the machine."""
+    told = up(planes=[Plane("nixl", "A" * (1 << 14))] * 8)
+    batch = Batch("w1", 7, 0, 0, [told])
+    assert decode(Batch, encode(batch)) == batch
+    with pytest.raises(EventFormatError, match="16384"):
+        decode(Batch, encode(Batch("w1", 7, 0, 0, [up(planes=[Plane("nixl", "A" * ((1 << 14) + 1))])])))
+
+
+def test_who_cannot_be_read_by_others_is_told_so():
+    with pytest.raises(ConfigError, match=r"cannot be read by others.*256"):
+        Publisher(None, up(model_name="x" * 257))
 
 
 def messages():

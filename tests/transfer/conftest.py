@@ -59,7 +59,7 @@ class Field:
 @pytest.fixture(params=["tcp", "nats", "nixl"])
 def field(request):
     if request.param == "nixl":
-        pytest.importorskip("nixl")
+        pytest.importorskip("nixl_cu12")
     made = Field(request.param, request.getfixturevalue("nats_server").url if request.param == "nats" else "")
     yield made
     made.close()

@@ -95,13 +95,17 @@ def test_what_one_has_prefilled_the_other_pulls(start, any_artifact, server, tmp
     assert a("close")
 
 
-def test_prefilled_here_and_decoded_there(start, any_artifact, server):
-    a = start("prefill", options(any_artifact, server))
-    b = start("decode", options(any_artifact, server))
+@pytest.mark.parametrize("plane", ["tcp", "nixl"])
+def test_prefilled_here_and_decoded_there(start, any_artifact, server, plane):
+    if plane == "nixl":
+        pytest.importorskip("nixl_cu12")
+    a = start("prefill", options(any_artifact, server, planes=[plane]))
+    b = start("decode", options(any_artifact, server, planes=[plane]))
     a.ready()
     b.ready()
     prompts = [prompt_of(200 + i, 161 + 40 * i) for i in range(4)]
-    a("count_wire")
+    if plane == "tcp":
+        a("count_wire")
     params = []
     for prompt in prompts:
         params.append(a("prefill", prompt))
@@ -120,8 +124,9 @@ def test_prefilled_here_and_decoded_there(start, any_artifact, server):
     counts = b("counts")
     assert counts["pulled"] == sum(len(p) // 32 for p in prompts)
     raw = counts["pulled"] * 32 * 30 * 2 * 3 * 64 * 4
-    print(f"{a('wire')} bytes sent for {raw} raw, every token exact")
-    assert raw < a("wire") < 1.01 * raw
+    if plane == "tcp":
+        print(f"{a('wire')} bytes sent for {raw} raw, every token exact")
+        assert raw < a("wire") < 1.01 * raw
     # A worker that is not there, and params that are none: it is prefilled where it is decoded, after its time.
     bad = [
         *({**params[0], "kvtc_worker": worker} for worker in ("nobody-1234", "a.b")),

@@ -67,10 +67,12 @@ class EngineWorker:
 
 
 def lent(folder: Path) -> Path:
-    """The engine's environment has no NATS client: ours, and nothing else of ours."""
+    """The engine's environment has no NATS client and no NIXL: ours, and nothing else of ours."""
     path = folder / "lent"
     path.mkdir(exist_ok=True)
-    spec = importlib.util.find_spec("nats")
-    if spec is not None and spec.submodule_search_locations and not (path / "nats").exists():
-        (path / "nats").symlink_to(next(iter(spec.submodule_search_locations)))
+    for name, parts in (("nats", "nats"), ("nixl_cu12", "nixl*")):
+        spec = importlib.util.find_spec(name)
+        for found in Path(spec.origin).parent.parent.glob(parts) if spec is not None and spec.origin else ():
+            if found.suffix != ".dist-info" and not (path / found.name).exists():
+                (path / found.name).symlink_to(found)
     return path
