@@ -84,14 +84,12 @@ def config_maps(documents: Sequence[Document]) -> dict[str, Mapping[str, str]]:
 
 
 def expand(text: str, environment: Mapping[str, str]) -> str:
-    """``$(NAME)`` replaced, ``$$(NAME)`` left as ``$(NAME)``, unknown names left as they are: Kubernetes' rules."""
+    """``$(NAME)`` replaced, ``$$`` made ``$``, unknown names left as they are: Kubernetes' rules."""
 
     def one(match: re.Match[str]) -> str:
-        if match[0].startswith("$$"):
-            return match[0][1:]
-        return environment.get(match["name"], match[0])
+        return "$" if match[0] == "$$" else environment.get(match["name"], match[0])
 
-    return re.sub(r"\$?\$\((?P<name>[A-Za-z_][\w.-]*)\)", one, text)
+    return re.sub(r"\$\$|\$\((?P<name>[^)]*)\)", one, text)
 
 
 def _read(path: Path) -> str:

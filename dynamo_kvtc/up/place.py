@@ -181,7 +181,9 @@ def _process(
     module = _module(command)
     if command[0] in ("python", "python3"):
         command[0] = machine.python
-    for path, folder in (_own_folders(component, machine.folder, name) | dict(machine.mounts)).items():
+    mounts = _own_folders(component, machine.folder, name) | dict(machine.mounts)
+    # A mount within another before that one.
+    for path, folder in sorted(mounts.items(), key=lambda mount: len(mount[0]), reverse=True):
         command = [_moved(part, path, folder) for part in command]
         moved = {key: _moved(value, path, folder) for key, value in environment.items()}
         if moved != environment or any(str(folder) in part for part in command):

@@ -68,14 +68,15 @@ class Running:
 
     def stop(self) -> None:
         """As Kubernetes does it: the first process of each is told to end, and ends its own; what is left is killed.
-        The last that was started is ended first: workers say goodbye to those they talk to."""
+        The first that was started is ended when the others have: workers say goodbye to the NATS server."""
         deadline = time.monotonic() + TERM_SECONDS
-        for _, started in reversed(self._started):
-            if started.poll() is None:
-                started.terminate()
-        for _, started in reversed(self._started):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                started.wait(max(0.0, deadline - time.monotonic()))
+        for together in (self._started[1:], self._started[:1]):
+            for _, started in together:
+                if started.poll() is None:
+                    started.terminate()
+            for _, started in together:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    started.wait(max(0.0, deadline - time.monotonic()))
         deadline = time.monotonic() + LEFT_SECONDS
         for _, started in self._started:
             if started.poll() is not None:

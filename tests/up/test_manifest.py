@@ -116,3 +116,4 @@ def test_a_file_needs_a_graph(tmp_path):
 
 def test_expansion_is_kubernetes():
     assert expand("$(A) $$(A) $(B) $A $()", {"A": "1"}) == "1 $(A) $(B) $A $()"
+    assert expand("a$$b $$$(A) $(A", {"A": "1"}) == "a$b $1 $(A"

@@ -42,6 +42,13 @@ def machine(tmp_path):
     return Machine("/venv/bin/python", tmp_path, {"/models": Path("/here/m"), "/art": Path("/here/a")}, 8123)
 
 
+def test_a_mount_within_another_is_its_own(machine, tmp_path):
+    mounts = {**machine.mounts, "/models/m/cache": Path("/here/c")}
+    inner = Machine(machine.python, tmp_path, mounts, 8123)
+    worker = plan(manifest(A="/models/m/cache/x /models/m/x"), inner, None).processes[1]
+    assert worker.environment["A"] == "/here/c/x /here/m/m/x"
+
+
 def test_a_worker_keeps_what_need_not_change(machine):
     planned = plan(manifest(), machine, None)
     front, worker = planned.processes

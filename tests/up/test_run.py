@@ -59,6 +59,21 @@ def test_an_orderly_end_reaches_the_first_process_alone(tmp_path):
     assert not alive(groups)
 
 
+def test_the_first_that_was_started_ends_after_the_others(tmp_path):
+    """Workers say goodbye to the NATS server: it must be there."""
+    code = (
+        "import signal, sys, time\n"
+        "def end(*_): time.sleep({wait}); print(time.monotonic(), flush=True); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\nprint('up', flush=True)\ntime.sleep(600)"
+    )
+    with Running(tmp_path) as running:
+        for name, wait in (("nats", 0), ("frontend", 0.2), ("worker", 0.5)):
+            running.start(process(name, code.format(wait=wait)))
+            wait_for("up", running, name)
+    ends = {name: float(running.last(name).splitlines()[-1]) for name in ("nats", "frontend", "worker")}
+    assert ends["nats"] == max(ends.values())
+
+
 def test_what_does_not_end_is_killed_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "TERM_SECONDS", 0.3)
     monkeypatch.setattr(processes, "LEFT_SECONDS", 0.3)

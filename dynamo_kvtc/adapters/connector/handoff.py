@@ -64,7 +64,7 @@ def ask(nats: Nats, subject: str, keys: Sequence[bytes], deadline: float) -> lis
         except (NatsError, TransferProtocolError):
             time.sleep(min(0.05, max(0.0, deadline - time.monotonic())))
             continue
-        if CODING not in sizes:
+        if next((size for size in sizes if size in (0, CODING)), 0) != CODING:
             break
         time.sleep(min(_ASK_AGAIN_SECONDS, max(0.0, deadline - time.monotonic())))
     end = next((i for i, size in enumerate(sizes) if size in (0, CODING)), len(sizes))

@@ -34,8 +34,11 @@ class RouterEvents:
             self._names[key] = named
             self._names.move_to_end(key)
             if len(self._names) > MAX_NAMES:
-                old, _ = self._names.popitem(last=False)
-                self._where.pop(old, None)
+                # What the router would not be told of any more must be gone for it now.
+                old, forgotten = self._names.popitem(last=False)
+                before = self._where.pop(old, None)
+                if before is not None:
+                    self._events.append((forgotten, before, True))
 
     def moved(self, key: bytes, tier: str) -> None:
         """As ``TieredStore`` tells it."""

@@ -85,6 +85,17 @@ def test_at_the_deadline_what_is_coded_is_taken():
     assert handoff.ask(Slow({}), "s", [], began + 0.2) == []
 
 
+def test_what_comes_after_a_gap_is_not_waited_for():
+    class Gap(Holder):
+        def request(self, subject, question, timeout):
+            self.asked += 1
+            return SimpleNamespace(data=b"\1" + struct.pack("<3I", 500, 0, handoff.CODING))
+
+    holder = Gap({})
+    assert handoff.ask(holder, "s", [bytes(32)] * 3, time.monotonic() + 20) == [500]
+    assert holder.asked == 1
+
+
 @pytest.mark.parametrize("question", [b"", b"\1", b"\2" + bytes(32), b"\1" + bytes(31), b"\1" + bytes(32 * 8193)])
 def test_a_question_that_is_none(question):
     with pytest.raises(TransferProtocolError):

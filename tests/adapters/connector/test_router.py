@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+from dynamo_kvtc.adapters.connector import router as router_module
 from dynamo_kvtc.adapters.connector.router import Named, RouterEvents
 
 
@@ -25,6 +26,19 @@ def test_each_change_is_told_once():
     router.moved(b"k", "host")
     router.forget()
     assert router.take() == [(named, "host", False), (named, "host", True)]
+
+
+def test_what_is_forgotten_is_gone_for_the_router(monkeypatch):
+    monkeypatch.setattr(router_module, "MAX_NAMES", 2)
+    router = RouterEvents(True)
+    names = [Named(bytes([i]), None, ()) for i in range(4)]
+    for i, named in enumerate(names):
+        router.name(bytes([i]) * 32, named)
+        if i != 1:
+            router.moved(bytes([i]) * 32, "host")
+    told = router.take()
+    assert [e for e in told if e[2]] == [(names[0], "host", True)]
+    assert [e[0] for e in told if not e[2]] == [names[0], names[2], names[3]]
 
 
 def test_nobody_asks_and_nothing_is_kept():
