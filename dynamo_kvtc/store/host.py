@@ -34,7 +34,7 @@ UNIT_BYTES = 256
 COMPACT_FROM = 16
 """Records are slid together from one part in so many free."""
 _SLIDE_BYTES = 4 << 20
-_TOGETHER = 32
+TOGETHER = 32
 """Records of ``put_many`` that the lock is held for at once."""
 _POPULATE_WRITE = 23
 """Linux 5.14's MADV_POPULATE_WRITE."""
@@ -150,7 +150,7 @@ class HostStore(Store):
             sources.append((key, source))
         out: list[bool] = []
         while len(out) < len(sources):
-            out += self._put_some(sources[len(out) : len(out) + _TOGETHER], spare)
+            out += self._put_some(sources[len(out) : len(out) + TOGETHER], spare)
         return out
 
     def _put_some(self, sources: Sequence[tuple[bytes, memoryview]], spare: bool) -> list[bool]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import compress
 
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.store import Lease, Record, Store, StoreStats, check_key
 from dynamo_kvtc.store.disk import DiskStore
-from dynamo_kvtc.store.host import HostStore
+from dynamo_kvtc.store.host import TOGETHER, HostStore
 from dynamo_kvtc.store.tiered import Fetched, TieredStore, fetched
 
 Place = Callable[[bytes], str]
@@ -34,10 +35,15 @@ class PlacedStore(TieredStore):
             check_key(key)
         out = [False] * len(listed)
         for _, tier, own in self._by_tier([key for key, _ in listed]):
-            for i, stored in zip(own, tier.put_many([listed[i] for i in own]), strict=True):
-                out[i] = stored
-                if stored and tier is self.host:
-                    self._moved(listed[i][0], "host")  # the disk tells of itself, after the sync
+            for start in range(0, len(own), TOGETHER):
+                some = own[start : start + TOGETHER]
+                for i, stored in zip(some, tier.put_many([listed[i] for i in some]), strict=True):
+                    out[i] = stored
+                # The disk tells of itself, after the sync; what another has evicted already was told of.
+                if tier is self.host:
+                    keys = [listed[i][0] for i in some]
+                    for key in compress(keys, self.host.contains_many(keys)):
+                        self._moved(key, "host")
         return out
 
     def stored(self, key: bytes) -> None:

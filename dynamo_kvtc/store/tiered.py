@@ -22,7 +22,7 @@ from typing import NamedTuple, cast
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.store import Lease, Record, Store, StoreStats, check_key
 from dynamo_kvtc.store.disk import DiskStore
-from dynamo_kvtc.store.host import HostStore
+from dynamo_kvtc.store.host import TOGETHER, HostStore
 
 _SEEN = 1 << 16
 """Keys whose hits on disk are remembered, to promote on the second."""
@@ -75,14 +75,20 @@ class TieredStore(Store):
         if self.host is None:
             assert self.disk is not None
             return self.disk.put_many(listed)
-        known = self.host.contains_many([key for key, _ in listed])
-        out = self.host.put_many(listed)
-        for i, (key, record) in enumerate(listed):
-            if out[i]:
-                if not known[i]:
+        out: list[bool] = []
+        for start in range(0, len(listed), TOGETHER):
+            some = listed[start : start + TOGETHER]
+            keys = [key for key, _ in some]
+            known = self.host.contains_many(keys)
+            stored = self.host.put_many(some)
+            # The last of them may have evicted the first, which was told of by then.
+            here = self.host.contains_many(keys)
+            for i, (key, record) in enumerate(some):
+                if not stored[i]:
+                    stored[i] = self.disk is not None and self.disk.put(key, record)
+                elif here[i] and not known[i]:
                     self.stored(key)
-            elif self.disk is not None:
-                out[i] = self.disk.put(key, record)
+            out += stored
         return out
 
     def stored(self, key: bytes) -> None:
@@ -112,12 +118,10 @@ class TieredStore(Store):
             found, left = fetched("host", self.host, keys, left)
             out.append(found)
         if self.disk is not None and left:
+            began = time.monotonic()
             found, left = fetched("disk", self.disk, keys, left)
-            out.append(
-                found._replace(
-                    leases=[self._promoted(keys[i], x) for i, x in zip(found.which, found.leases, strict=True)]
-                )
-            )
+            leases = [self._promoted(keys[i], lease) for i, lease in zip(found.which, found.leases, strict=True)]
+            out.append(found._replace(leases=leases, seconds=time.monotonic() - began))
         return self._counted(out, len(keys))
 
     def _counted(self, found: list[Fetched], of: int) -> list[Fetched]:
@@ -167,6 +171,11 @@ class TieredStore(Store):
 
     def remove(self, key: bytes) -> bool:
         return sum(tier.remove(key) for tier in self._tiers()) > 0
+
+    def discard(self, key: bytes) -> None:
+        """``remove`` that ``on_removed`` is told of."""
+        if self.remove(key):
+            self._removed(key)
 
     def clear(self) -> None:
         for tier in self._tiers():

@@ -27,7 +27,7 @@ class Estimate:
     def __init__(self, prefill_tokens_per_second: float | None) -> None:
         self._lock = threading.Lock()
         self._fetch: dict[str, Mean] = {}
-        self._decode, self._wait, self._prefill = Mean(), Mean(), Mean()
+        self._decode, self._wait = Mean(), Mean()
         self._given = prefill_tokens_per_second
         self._declined = 0
 
@@ -43,11 +43,6 @@ class Estimate:
         with self._lock:
             self._wait.note(seconds)
 
-    def note_prefill(self, tokens: int, seconds: float) -> None:
-        """What the engine computed, if the adapter measures it; counts only where no speed was given."""
-        with self._lock:
-            self._prefill.note(seconds / max(tokens, 1))
-
     def restore_seconds(self, tokens_by_tier: Mapping[str, int]) -> float | None:
         """None until a restore has been measured."""
         with self._lock:
@@ -57,10 +52,8 @@ class Estimate:
             return (self._wait.value or 0.0) + fetch + sum(tokens_by_tier.values()) * self._decode.value
 
     def recompute_seconds(self, tokens: int) -> float | None:
-        with self._lock:
-            if self._given is not None:
-                return tokens / self._given
-            return None if self._prefill.value is None else tokens * self._prefill.value
+        """None where no speed was given."""
+        return None if self._given is None else tokens / self._given
 
     def worth(self, tokens_by_tier: Mapping[str, int]) -> bool:
         """Whether to restore. True while either side is unknown, and now and then regardless."""

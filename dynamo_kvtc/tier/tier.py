@@ -60,6 +60,7 @@ class Tier:
         self.by_group = None if transcoder.by_group is None else GroupLoads(transcoder.by_group, self._work, self._load)
         self._lock = threading.Lock()
         self._coming: set[bytes] = set()
+        self._clears = 0
         self._closed = False
 
     @property
@@ -103,10 +104,6 @@ class Tier:
         for tier in set(tiers):
             self.metrics.count("kvtc_lookup_blocks", tiers.count(tier), "declined", tier)
         return False
-
-    def note_prefill(self, tokens: int, seconds: float) -> None:
-        """What the engine computed: the guard's other side where no speed was configured."""
-        self._estimate.note_prefill(tokens, seconds)
 
     def size(self, key: bytes) -> int | None:
         """A record's bytes; 0 while it is being coded, None if it is not here."""
@@ -166,11 +163,12 @@ class Tier:
             return True
         with self._lock:
             self._coming.update(b.key for b in blocks)
+            clears = self._clears
         early = self.transcoder.staged_is_free
 
         def run(waited: float) -> None:
             self.metrics.observe("kvtc_queue_seconds", waited, "encode")
-            failed = self._work.encode(blocks, staged)
+            failed = self._work.encode(blocks, staged, lambda: self._clears == clears)
             self._arrived(blocks)
             if not early:
                 free()
@@ -229,7 +227,10 @@ class Tier:
             release_promises(promises or ())
             told([b.key for b in blocks])
 
-        return self._load.put(run, fail, 1, deadline)
+        if self._load.put(run, fail, 1, deadline):
+            return True
+        self.metrics.count("kvtc_loaded_blocks", len(blocks), "failed")
+        return False
 
     def touch(self, keys: Sequence[bytes]) -> None:
         self._store.touch(keys)
@@ -260,7 +261,10 @@ class Tier:
         return self._load.put(run, fail, 1)
 
     def clear(self) -> None:
-        """Forgets all records, in memory and on disk."""
+        """Forgets all records, in memory and on disk, and those that are being coded now."""
+        with self._lock:
+            self._clears += 1
+            self._coming.clear()
         self._store.clear()
         self.announcer.cleared()
 
@@ -285,8 +289,9 @@ class Tier:
         )
 
     def close(self, timeout: float = 10.0) -> bool:
-        """Loads that wait fail at once; stores that wait are coded until half of the timeout (seconds), then fail.
-        True if all went where it belongs. Afterwards no thread touches the pages, unless one hangs (False)."""
+        """Loads that wait are run until a second or a quarter of the timeout (seconds) is over, stores until half of
+        it; the others fail. True if all went where it belongs. Afterwards no thread touches the pages, unless one hangs
+        (False)."""
         with self._lock:
             if self._closed:
                 return True

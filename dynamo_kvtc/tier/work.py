@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dynamo_kvtc.errors import RecordError
@@ -27,8 +27,9 @@ class Work:
         self._store, self.transcoder, self.metrics, self._estimate = store, transcoder, metrics, estimate
         self._overlay = overlay
 
-    def encode(self, blocks: Sequence[Block], staged: Any) -> list[bytes]:
-        """Keys that are not stored. staged: of the blocks, and after them of their exact copies."""
+    def encode(self, blocks: Sequence[Block], staged: Any, wanted: Callable[[], bool]) -> list[bytes]:
+        """Keys that are not stored. staged: of the blocks, and after them of their exact copies; wanted: whether they
+        still are to be stored."""
         began = time.monotonic()
         left = len(blocks)
 
@@ -36,7 +37,15 @@ class Work:
             nonlocal left
             ours, exact = items[:left], items[left:]
             left -= len(ours)
-            return self._store.put_many(ours) + self._overlay.put_many(exact)
+            if not wanted():
+                return [False] * len(items)
+            stored = self._store.put_many(ours) + self._overlay.put_many(exact)
+            if wanted():
+                return stored
+            # Cleared in the middle of it.
+            for key, _ in items:
+                self._store.discard(key)
+            return [False] * len(items)
 
         stored, sizes, exact = self.transcoder.encode(staged, put)
         stored, sizes = stored[: len(blocks)], sizes[: len(blocks)]
@@ -142,7 +151,7 @@ class Work:
         if exact:
             self._overlay.forget([key])
         else:
-            self._store.remove(key)
+            self._store.discard(key)
 
     def demote(self, source: bytes, target: bytes) -> bool:
         host, disk = self._store.host, self._store.disk

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.store.disk_file import DataFile
 from dynamo_kvtc.store.host import HostStore
+from dynamo_kvtc.store.placed import PlacedStore
 from dynamo_kvtc.store.tiered import TieredStore
 from tests.store.stores import MIB, disk, host, key_of, record_of
 from tests.threads import hammer
@@ -59,6 +60,30 @@ def test_down_and_up_again(tiers):
     for i in range(100, 110):
         store.put(key_of(i), bytes(100_000))
     assert (key_of(0), "disk") in events[3:]
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_a_batch_that_evicts_its_own_beginning_tells_what_is(folder, placed):
+    events: list = []
+    told = {
+        "on_moved": lambda key, tier: events.append((key, tier)), "on_removed": lambda key: events.append((key, None)),
+    }  # fmt: skip
+    lower = disk(folder / "s")
+    store = (
+        PlacedStore(host(MIB), lower, lambda key: "host", **told) if placed else TieredStore(host(MIB), lower, **told)
+    )
+    keys = [key_of(i) for i in range(200)]
+    assert store.put_many([(key, record_of(i, 100_000)) for i, key in enumerate(keys)]) == [True] * 200
+    assert store.flush()
+    last = dict(events)
+    for key in keys:
+        if placed:
+            # What is not told of as removed was never told of as there.
+            assert last.get(key) == store.tier_of(key)
+        elif last.get(key, "disk") is not None:
+            assert last[key] == store.tier_of(key)
+    assert sum(tier == "host" for tier in last.values()) == sum(store.tier_of(key) == "host" for key in keys) > 0
+    store.close()
 
 
 def test_promoted_on_the_second_hit(tiers):

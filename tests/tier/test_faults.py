@@ -30,7 +30,10 @@ def test_a_record_flipped_in_memory_is_a_miss(engine, at):
     store(tier, blocks)
     flip(tier, blocks[2].key, at)
     engine.wipe([b.block_id for b in blocks])
+    gone = []
+    tier._store._on_removed = gone.append
     assert load(tier, blocks) == [blocks[2].key]
+    assert gone == [blocks[2].key], "others who look for it here are told"
     page = engine.pages.read([blocks[2].block_id])
     assert (page[0] == POISON).all()
     assert (page[1] == POISON).all()

@@ -104,14 +104,6 @@ def test_an_estimate_adds_up_what_was_measured():
     assert e.worth({"disk": 100})
 
 
-def test_a_measured_prefill_counts_where_none_was_given():
-    e = Estimate(None)
-    e.note_decode(100, 0.05)
-    assert e.worth({"host": 100})
-    e.note_prefill(100, 0.001)
-    assert not e.worth({"host": 100})
-
-
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 4))
 def test_admission_counts_uses(uses, nth):

@@ -216,6 +216,38 @@ def test_occupancy_is_told(engine):
     tier.close()
 
 
+@pytest.mark.parametrize("at", ["queue", "put"])
+def test_what_is_coded_while_all_is_forgotten_is_forgotten_too(engine, at):
+    """A cache is reset when its contents have become wrong."""
+    tier = engine.tier()
+    blocks = engine.sequence(tier, 4)
+    coded, go = threading.Event(), threading.Event()
+    owner, name = (tier.transcoder, "encode") if at == "queue" else (tier._store, "put_many")
+    real = getattr(owner, name)
+
+    def late(*what):
+        out = real(*what) if at == "put" else None
+        coded.set()
+        assert go.wait(20)
+        return real(*what) if out is None else out
+
+    setattr(owner, name, late)
+    done = Answer()
+    assert tier.store(blocks, done)
+    assert coded.wait(20)
+    tier.clear()
+    assert tier.lookup([b.key for b in blocks]) == []
+    assert tier.admit([b.key for b in blocks]) == [True] * 4
+    go.set()
+    assert sorted(done.get()) == sorted(b.key for b in blocks)
+    assert tier.lookup([b.key for b in blocks]) == []
+    assert tier.records.held() == []
+    setattr(owner, name, real)
+    assert store(tier, blocks) == []
+    assert load(tier, blocks) == []
+    tier.close()
+
+
 def test_closing_with_transfers_in_flight(engine, folder):
     """Every callback comes, what was taken is stored or failed, and it is over in time."""
     tier = engine.tier(folder / "tier", write_through=True, close_seconds=5)

@@ -73,6 +73,7 @@ class Load:
         self._changed = threading.Condition()
         self._cut = len(order.blocks)
         self._part, self._busy, self._opened = 0, False, groups is None
+        self._handed = 0
         self._local: dict[int, Opened] = {}
         self._records: dict[int, Record] = {}
         self._slots: list[Incoming] = []
@@ -229,6 +230,7 @@ class Load:
                 missing = set(failed)
                 self._loaded([i for i, b in enumerate(blocks) if b.key in missing])
 
+            self._handed = len(blocks)
             return self._tier.load(blocks, done, fence=self._fence, deadline=self.deadline)
         for k, i in enumerate(self._pulled):
             if i < len(blocks) and i not in self._records:
@@ -257,6 +259,9 @@ class Load:
             loaded = [self._records[i] for i in range(self._cut) if i in self._records]
             if self._tier.by_group is not None:
                 self._tier.by_group.ended(loaded, len(self.order.blocks) - self._cut)
+            else:
+                # The others are counted where they are loaded.
+                self._tier.metrics.count("kvtc_loaded_blocks", len(self.order.blocks) - self._handed, "failed")
             self._changed.notify_all()
         self._records.clear()
         del loaded

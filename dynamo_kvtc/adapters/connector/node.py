@@ -38,6 +38,7 @@ class Node:
         """Requests whose load the worker has begun and not yet told of as ended."""
         self._failed: set[str] = set()
         self._storing: dict[str, int] = {}
+        self._not_stored: list[tuple[str, int]] = []
         self._waited_for: set[str] = set()
         self._refreshed = 0.0
 
@@ -67,9 +68,19 @@ class Node:
             failed, self._failed = self._failed, set()
         return failed
 
-    # Pages that a store reads must stay what they are.
+    def not_stored(self, request: str, position: int) -> None:
+        """Its blocks from this position on were to be stored, and are not."""
+        with self._changed:
+            self._not_stored.append((request, position))
 
-    def store_began(self, request: str) -> None:
+    def take_not_stored(self) -> list[tuple[str, int]]:
+        with self._changed:
+            told, self._not_stored = self._not_stored, []
+        return told
+
+    # Pages that a store reads must stay what they are: from its order on, for a step may end after the request has.
+
+    def store_ordered(self, request: str) -> None:
         with self._changed:
             self._storing[request] = self._storing.get(request, 0) + 1
 

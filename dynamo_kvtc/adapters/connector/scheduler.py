@@ -81,7 +81,7 @@ class Scheduler:
         keys = self._keys(state, end)[computed // self._n :]
         if not keys:
             return 0, False
-        if state.wish.worker is not None and not self._asked(state, computed // self._n):
+        if state.wish.worker is not None and not self._asked(state):
             return None, False
         match = self._match(state, keys, computed)
         state.match = match
@@ -124,6 +124,7 @@ class Scheduler:
             order = self._stores(state, computed + output.num_scheduled_tokens[rid])
             if order is not None:
                 stores.append(order)
+                self._node.store_ordered(rid)
         if not output.total_num_scheduled_tokens and not loads:
             self._wait_a_little()
         return loads, stores, preempted
@@ -136,6 +137,10 @@ class Scheduler:
                 # Once is enough: it is computed, and what was computed is offered to be stored.
                 state.refused = True
                 state.next_store = 0
+        for rid, position in self._node.take_not_stored():
+            state = self._states.get(rid)
+            if state is not None:
+                state.next_store = min(state.next_store, position // self._n)
 
     def request_finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
         """Whether its pages are still read, and what the worker that decodes it is told."""
@@ -171,7 +176,7 @@ class Scheduler:
             state.keys.append(self._node.tier.key(bytes(hashes[i])))
         return state.keys[:end]
 
-    def _asked(self, state: _State, first: int) -> bool:
+    def _asked(self, state: _State) -> bool:
         """Whether the prefill worker's answer is here, or is not waited for any longer."""
         cluster = self._node.cluster
         if cluster is None or state.wish.worker == cluster.worker:
@@ -201,8 +206,10 @@ class Scheduler:
         most = 0 if cluster is None else cluster.most_bytes
         while at < len(keys):
             here = tier.lookup(keys[at:])
-            at += len(here) if tier.worth(here) else 0
-            if at == len(keys) or cluster is None or (here and not tier.worth(here)):
+            # Asked once: an answer is counted, and one in some is another.
+            worth = tier.worth(here)
+            at += len(here) if worth else 0
+            if at == len(keys) or cluster is None or (here and not worth):
                 break
             found = self._elsewhere(keys[at:], handed)
             before = at

@@ -56,11 +56,15 @@ class Worker:
         """After the forward. What was computed on pages that failed is not stored."""
         sound = self._end_gates()
         tier = self.node.tier
-        if not sound or not orders:
+        if not orders:
+            return
+        if not sound:
+            for order in orders:
+                self.node.not_stored(order.request, order.blocks[0].first_position)
+                self.node.store_freed(order.request)
             return
         fence = tier.fence()
         for order in orders:
-            self.node.store_began(order.request)
 
             def free(request: str = order.request) -> None:
                 self.node.store_freed(request)

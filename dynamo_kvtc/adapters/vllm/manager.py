@@ -234,6 +234,8 @@ class Manager(OffloadingManager):
     def reset_cache(self) -> None:
         with self._lock:
             for request in self._requests.values():
+                if request.asked:
+                    self._forget_asked(request)
                 self._promised_blocks -= len(request.promised)
                 request.release()
                 request.wanted.clear()

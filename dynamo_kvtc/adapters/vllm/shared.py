@@ -40,8 +40,8 @@ class Shared:
         with self._lock:
             name = self.names.get(key)
             before = self._where.get(key)
-            self._where[key] = tier
             if name is not None and before != tier:
+                self._where[key] = tier
                 self._events.append((name, tier, False))
                 if before is not None:
                     self._events.append((name, before, True))
