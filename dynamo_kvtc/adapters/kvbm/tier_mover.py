@@ -109,6 +109,8 @@ class TierMover:
         found = [(key, move) for key, move in zip(keys, request.moves, strict=True) if key is not None]
         missing = [move.target for key, move in zip(keys, request.moves, strict=True) if key is None]
         blocks = [Block(key, move.target, move.first_position) for key, move in found]
+        # The tier counts those that it is asked for.
+        self.tier.metrics.count("kvtc_loaded_blocks", len(missing), "failed")
 
         def ended(failed: Collection[bytes]) -> None:
             bad = set(failed)

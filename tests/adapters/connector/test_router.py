@@ -54,8 +54,8 @@ def test_pages_are_not_given_back_while_a_store_reads_them():
 
     node = Node(parse_connector({"artifact": "a", "host_gib": 1}), False)
     assert not node.finish("idle")
-    node.store_began("r")
-    node.store_began("r")
+    node.store_ordered("r")
+    node.store_ordered("r")
     assert node.finish("r")
     assert node.take_freed() == set()
     node.store_freed("r")
