@@ -158,6 +158,21 @@ def test_an_answer_that_comes_too_late_leaves_the_connection_whole(own_server, c
     assert not [r for r in caplog.records if r.levelname == "ERROR"]
 
 
+def test_a_subscription_that_failed_leaves_nothing(own_server, connect):
+    a = connect(own_server)
+    own_server.kill(signal.SIGSTOP)
+    try:
+        with pytest.raises(NatsTimeoutError):
+            a.subscribe("failed.1", lambda m: None, timeout=0.2)
+    finally:
+        own_server.kill(signal.SIGCONT)
+    assert not a._subscriptions
+    assert a.close()
+    with pytest.raises(NatsUnavailableError):
+        a.subscribe("failed.2", lambda m: None)
+    assert not [t.name for t in threading.enumerate() if "failed." in t.name]
+
+
 def test_a_connection_that_reads_no_more_is_made_anew(own_server, connect):
     a, b = connect(own_server), connect(own_server)
     a.serve("ask", lambda m: m.data)
