@@ -100,8 +100,14 @@ class Follower:
             if subject != self.subjects.events(batch.worker):
                 raise EventError(f"worker {batch.worker} is told of on {subject}: a forgery")
             who = (batch.worker, batch.epoch, self.me.model)
-            if any(isinstance(e, WorkerUp) and (e.worker, e.epoch, e.model) != who for e in batch.events):
-                raise EventError(f"worker {batch.worker} says that it is another: a forgery")
+            for sequence, event in enumerate(batch.events, batch.sequence):
+                if not isinstance(event, WorkerUp):
+                    continue
+                if (event.worker, event.epoch, event.model) != who:
+                    raise EventError(f"worker {batch.worker} says that it is another: a forgery")
+                # It is the largest event by far, and begins an epoch: only there is it believed.
+                if sequence:
+                    raise EventError(f"worker {batch.worker} begins anew in the midst of its epoch: a forgery")
         except EventError as exc:
             self.counts[type(exc).__name__] += 1
             self._say(type(exc).__name__ + subject, "an event was passed over: %s (on %s)", exc, subject)
