@@ -371,6 +371,25 @@ def test_a_holder_that_lies_in_its_snapshot_ends_it(cluster):
     assert follower.index.entries_of("a~") == 0
 
 
+def test_who_does_not_live_drops_out_while_another_is_slow(cluster):
+    follower, a = cluster.follower(), cluster.worker("a")
+    a.work(20)
+    until(lambda: knows(follower, a))
+    began, end = threading.Event(), threading.Event()
+
+    def slow(now):
+        began.set()
+        end.wait(60)
+
+    follower._heal = slow
+    try:
+        assert began.wait(10)
+        a.publisher._ended.set()  # it says nothing any more
+        until(lambda: not follower.index.workers, 10)
+    finally:
+        end.set()
+
+
 def test_without_a_server_everything_waits_for_it(tmp_path):
     from tests.events.servers import Server
 
