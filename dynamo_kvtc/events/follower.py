@@ -63,8 +63,12 @@ class Follower:
         self._live = nats.subscribe(self.subjects.events(), self._arrived)
         bucket = Bucket(nats, self.subjects.bucket, self.options.heartbeat_ttl_seconds, replicas=self.options.replicas)
         self._beats = bucket.watch(self._beat, failed=self._watch_failed)
-        self._keeper = threading.Thread(target=self._keep, name="kvtc-follower", daemon=True)
-        self._keeper.start()
+        self._threads = [
+            threading.Thread(target=target, name=f"kvtc-{name}", daemon=True)
+            for target, name in ((self._keep, "follower"), (self._expire, "expire"))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def wait_ready(self, timeout: float) -> bool:
         """Until what is in the stream was read once."""
@@ -85,8 +89,9 @@ class Follower:
         for end in self._ends:
             end()
         ended = self._live.close(timeout) and self._beats.close(timeout)
-        self._keeper.join(timeout)
-        return ended and not self._keeper.is_alive()
+        for thread in self._threads:
+            thread.join(timeout)
+        return ended and not any(thread.is_alive() for thread in self._threads)
 
     def _watch_failed(self, exc: Exception) -> None:
         self._say("watch", "heartbeats cannot be read, it is tried again: %s", exc)
@@ -100,8 +105,14 @@ class Follower:
             if subject != self.subjects.events(batch.worker):
                 raise EventError(f"worker {batch.worker} is told of on {subject}: a forgery")
             who = (batch.worker, batch.epoch, self.me.model)
-            if any(isinstance(e, WorkerUp) and (e.worker, e.epoch, e.model) != who for e in batch.events):
-                raise EventError(f"worker {batch.worker} says that it is another: a forgery")
+            for sequence, event in enumerate(batch.events, batch.sequence):
+                if not isinstance(event, WorkerUp):
+                    continue
+                if (event.worker, event.epoch, event.model) != who:
+                    raise EventError(f"worker {batch.worker} says that it is another: a forgery")
+                # It is the largest event by far, and begins an epoch: only there is it believed.
+                if sequence:
+                    raise EventError(f"worker {batch.worker} begins anew in the midst of its epoch: a forgery")
         except EventError as exc:
             self.counts[type(exc).__name__] += 1
             self._say(type(exc).__name__ + subject, "an event was passed over: %s (on %s)", exc, subject)
@@ -194,21 +205,25 @@ class Follower:
         self._peers.remove(peer, for_good)
         self.index.drop(peer.worker)
 
+    def _expire(self) -> None:
+        """On a thread of its own, that waits for nobody: who does not live is dropped in time."""
+        while not self._closed.wait(TURN_SECONDS):
+            with self._lock:
+                now = time.monotonic()
+                for peer in [p for p in self._peers.known.values() if now > p.deadline > 0]:
+                    self._drop(peer, False)
+                    self.counts["dropped_workers"] += 1
+
     def _keep(self) -> None:
         """On a thread of its own: what takes time, one thing after another, each with its deadline."""
         while not self._closed.wait(TURN_SECONDS):
             try:
-                now = time.monotonic()
-                with self._lock:
-                    for peer in [p for p in self._peers.known.values() if now > p.deadline > 0]:
-                        self._drop(peer, False)
-                        self.counts["dropped_workers"] += 1
                 if not self.nats.connected:
                     continue
                 if self._replay.is_set():
                     self._replay.clear()
                     self._read_stream()
-                self._heal(now)
+                self._heal(time.monotonic())
             except Exception as exc:
                 self.counts["keeper"] += 1
                 self._say("keeper", "following the events failed, it is tried again: %r", exc)

@@ -113,8 +113,9 @@ class Stream:
     def read(
         self, subject: str, start: int = 1, last_only: bool = False, timeout: float = 10.0
     ) -> Iterator[Kept]:  # fmt: skip
-        """What the stream has of that subject (wildcards allowed) from sequence start on, up to what is there now.
-        last_only: of each subject the last. timeout: seconds between two messages. Raises NatsError."""
+        """What the stream has of that subject (wildcards allowed) from sequence start on: as many messages as there are
+        now, however many come meanwhile. last_only: of each subject the last; one that is replaced meanwhile comes
+        anew. timeout: seconds between two messages. Raises NatsError."""
         reader = f"kvtc{secrets.token_hex(8)}"
         policy = {"deliver_policy": "last_per_subject"} if last_only else {
             "deliver_policy": "by_start_sequence", "opt_start_seq": max(1, start)}  # fmt: skip
@@ -126,6 +127,7 @@ class Stream:
             timeout,
         )  # fmt: skip
         left = int(made.get("num_pending", 0))
+        most = 2 * left if last_only else left
         place, turn = self.nats.new_inbox(), 0
         inbox = self.nats.subscribe(f"{place}.*", timeout=timeout, pending_bytes=2 * BATCH_BYTES + (64 << 20))
         try:
@@ -152,7 +154,8 @@ class Stream:
                         why = message.headers.get("Description", "")
                         raise NatsRefusedError(f"stream {self.name} stopped with status {status} {why}")
                     kept, left = _kept(message)
-                    got += 1
+                    got, most = got + 1, most - 1
+                    left = min(left, most)
                     yield kept
                     if left == 0:
                         return

@@ -161,7 +161,11 @@ class Nats:
         """To a callback on a thread of its own, or without one to ``Subscription.get``. queue: of all who subscribe
         with the same name one gets each message. If connected, the server knows of it when this returns."""
         made = Subscription(subject, queue, callback, pending_bytes, self._unsubscribe)
-        self._on_thread(self._attach(made, timeout), timeout, f"subscribing to {subject} took over {timeout:g} s")
+        try:
+            self._on_thread(self._attach(made, timeout), timeout, f"subscribing to {subject} took over {timeout:g} s")
+        except BaseException:
+            made.close(1.0)
+            raise
         return made
 
     def serve(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from dynamo_kvtc.errors import MissingDependencyError, NatsTimeoutError, NatsUnavailableError
 from dynamo_kvtc.events.inbox import Message, Subscription
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
 PING_SECONDS = 5
+_FOR_EVER = 1e9
+_flushing: WeakKeyDictionary[Client, set[asyncio.Task[None]]] = WeakKeyDictionary()
 
 
 def client_options(options: NatsOptions, name: str) -> dict[str, Any]:
@@ -60,6 +63,10 @@ async def connect(
     except BaseException:
         await end(client)
         raise
+    # A defect while it reads ends the library's reading, and nothing else: nobody would hear anything any more.
+    reading = getattr(client, "_reading_task", None)
+    if reading is not None:
+        reading.add_done_callback(lambda _: asyncio.ensure_future(closed()))
     return client
 
 
@@ -67,6 +74,9 @@ async def end(client: Client) -> None:
     """A server that hangs would let the library wait for its socket for ever."""
     with contextlib.suppress(Exception):
         await asyncio.wait_for(client.close(), 1.0)
+    # No answer comes any more, so these may be cancelled now.
+    for flushing in _flushing.pop(client, ()):
+        flushing.cancel()
 
 
 async def subscribe(client: Client, subscription: Subscription) -> Any:
@@ -94,8 +104,20 @@ async def request(
 
 
 async def flush(client: Client, timeout: float) -> None:
-    """Until the server has read all before."""
-    await client.flush(timeout)  # type: ignore[arg-type]
+    """Until the server has read all before. Raises NatsTimeoutError, NatsUnavailableError if the connection ends."""
+    # The library's own deadline leaves a cancelled future behind, on which an answer that is late breaks its reading:
+    # so what is late here goes on waiting, until the answer or the end.
+    flushing = asyncio.ensure_future(client.flush(_FOR_EVER))  # type: ignore[arg-type]
+    waiting = _flushing.setdefault(client, set())
+    waiting.add(flushing)
+    flushing.add_done_callback(waiting.discard)
+    flushing.add_done_callback(lambda done: done.cancelled() or done.exception())
+    await asyncio.wait({flushing}, timeout=timeout)
+    if not flushing.done():
+        raise NatsTimeoutError(f"the server did not answer within {timeout:g} s")
+    if flushing.cancelled():
+        raise NatsUnavailableError("the NATS connection was lost meanwhile")
+    flushing.result()
 
 
 def _message(got: Any) -> Message:

@@ -13,16 +13,34 @@ from collections import OrderedDict
 from dynamo_kvtc.events.index import MAX_WORKERS
 from dynamo_kvtc.events.schema import Batch, Beat, Event, WorkerDown, WorkerStats, WorkerUp
 
-WAITING_EVENTS = 1 << 16
-"""Of one worker, out of order or during a snapshot; beyond, they are forgotten, and another snapshot heals that."""
+WAITING_BYTES = 64 << 20
+"""Of all workers together, out of order or during a snapshot."""
 REMEMBERED = 4096
 """Workers that are gone whose last epoch is remembered, so that what arrives late does not raise them."""
+
+
+class Room:
+    """For what waits, of all peers. When it is full, whoever has most in it forgets that, and a snapshot heals it: so
+    nobody's events are pushed out by one who sends what never comes to its turn."""
+
+    def __init__(self, limit: int = WAITING_BYTES) -> None:
+        self.limit, self.used = limit, 0
+        self._taken: dict[Peer, int] = {}
+
+    def add(self, peer: Peer, cost: int) -> None:
+        """cost: negative when something leaves."""
+        self.used += cost
+        self._taken[peer] = self._taken.get(peer, 0) + cost
+        if self._taken[peer] == 0:
+            del self._taken[peer]
+        while self.used > self.limit:
+            max(self._taken, key=self._taken.__getitem__).forget()
 
 
 class Peer:
     """One epoch of one worker. next: the sequence that comes next; known_end: how far it is said to be."""
 
-    def __init__(self, worker: str, epoch: int) -> None:
+    def __init__(self, worker: str, epoch: int, room: Room | None = None) -> None:
         self.worker, self.epoch = worker, epoch
         self.next = self.known_end = 0
         self.after = 0
@@ -35,8 +53,8 @@ class Peer:
         self.retry_at, self.failures = 0.0, 0
         self.deadline = 0.0
         self.duplicates = 0
-        self._waiting: dict[int, Batch] = {}
-        self._waiting_events = 0
+        self._room = room or Room()
+        self._waiting: dict[int, tuple[Batch, int]] = {}
 
     @property
     def gap(self) -> bool:
@@ -72,23 +90,28 @@ class Peer:
         self.next = self.known_end = sequence
         self.wants_snapshot = False
         events = self._take_waiting()
-        self._waiting.clear()
-        self._waiting_events = 0
+        self._clear()
         self.known_end = self.next
         return events
 
+    def forget(self) -> None:
+        """What waits: only a snapshot brings that back."""
+        self._clear()
+        self.wants_snapshot = True
+
     def _wait(self, batch: Batch) -> None:
-        known = self._waiting.get(batch.sequence)
+        known, known_cost = self._waiting.get(batch.sequence, (None, 0))
         if known is not None and known.end >= batch.end:
             self.duplicates += 1
             return
-        if self._waiting_events + len(batch.events) > WAITING_EVENTS:
-            self._waiting.clear()
-            self._waiting_events = 0
-            self.wants_snapshot = True
-            return
-        self._waiting_events += len(batch.events) - (len(known.events) if known is not None else 0)
-        self._waiting[batch.sequence] = batch
+        cost = _cost(batch)
+        self._waiting[batch.sequence] = batch, cost
+        self._room.add(self, cost - known_cost)
+
+    def _clear(self) -> None:
+        cost = sum(cost for _, cost in self._waiting.values())
+        self._waiting.clear()
+        self._room.add(self, -cost)
 
     def _take(self, batch: Batch) -> list[Event]:
         events = batch.events[self.next - batch.sequence :]
@@ -98,13 +121,12 @@ class Peer:
     def _take_waiting(self) -> list[Event]:
         out: list[Event] = []
         for sequence in sorted(self._waiting):
-            batch = self._waiting[sequence]
             if sequence > self.next:
                 break
+            batch, cost = self._waiting.pop(sequence)
+            self._room.add(self, -cost)
             if batch.end > self.next:
                 out += self._take(batch)
-            del self._waiting[sequence]
-            self._waiting_events -= len(batch.events)
         return out
 
 
@@ -113,6 +135,7 @@ class Peers:
 
     def __init__(self) -> None:
         self.known: dict[str, Peer] = {}
+        self.room = Room()
         self._floor: OrderedDict[str, int] = OrderedDict()
 
     def of(self, worker: str, epoch: int) -> tuple[Peer | None, bool]:
@@ -123,11 +146,14 @@ class Peers:
             return (peer if peer.epoch == epoch else None), False
         if epoch < self._floor.get(worker, 0) or (peer is None and len(self.known) >= MAX_WORKERS):
             return None, False
-        peer = self.known[worker] = Peer(worker, epoch)
+        if peer is not None:
+            peer.forget()
+        peer = self.known[worker] = Peer(worker, epoch, self.room)
         return peer, True
 
     def remove(self, peer: Peer, for_good: bool) -> None:
         """for_good: it said so itself; otherwise the same epoch may be heard of again."""
+        peer.forget()
         if self.known.get(peer.worker) is peer:
             del self.known[peer.worker]
         self._floor[peer.worker] = peer.epoch + for_good
@@ -154,3 +180,18 @@ def note_events(peer: Peer, events: list[Event]) -> bool:
             # What it held at its start no event tells of.
             peer.wants_snapshot = peer.wants_snapshot or event.held > 0
     return any(isinstance(event, WorkerDown) for event in events)
+
+
+def _cost(batch: Batch) -> int:
+    """Bytes that it takes here, rather too many: an object of a few bytes on the wire has a hundred or more in memory,
+    a character up to four."""
+    cost = 512
+    for event in batch.events:
+        cost += 384
+        if isinstance(event, WorkerDown):
+            cost += 4 * len(event.reason)
+        elif isinstance(event, WorkerUp):
+            facts = [fact for plane in event.planes for pair in plane.facts.items() for fact in pair]
+            texts = [event.model_name, event.artifact, *(plane.address for plane in event.planes), *facts]
+            cost += 1024 * (1 + len(event.planes)) + sum(128 + 4 * len(text) for text in texts)
+    return cost

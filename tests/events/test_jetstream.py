@@ -52,6 +52,21 @@ def test_more_bytes_than_one_batch_takes(shared_server, connect, monkeypatch):
     assert [k.data[0] for k in stream.read("big.>")] == list(range(20))
 
 
+def test_reading_ends_though_more_comes_all_the_time(shared_server, connect):
+    nats = connect(shared_server)
+    stream = Stream(nats, "flood", ["flood.>"], Limits(storage="memory"))
+    stream.ensure()
+    for i in range(300):
+        stream.publish(f"flood.{i}", b"")
+    for last_only, there, most in ((False, 300, 300), (True, 600, 1200)):
+        read = []
+        for kept in stream.read("flood.>", last_only=last_only):
+            read.append(kept.sequence)
+            stream.publish(f"flood.{kept.sequence}.{last_only}", b"")
+            assert len(read) <= most
+        assert read[:there] == list(range(1, there + 1))
+
+
 def test_a_bucket_keeps_last_values_for_a_while(shared_server, connect):
     a, b = connect(shared_server), connect(shared_server)
     bucket, other = Bucket(a, "beats", 1.0), Bucket(b, "beats", 1.0, create=False)

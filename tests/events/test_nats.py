@@ -142,6 +142,45 @@ def test_a_request_ends_when_the_connection_does(own_server, connect):
     assert time.monotonic() - began < 30
 
 
+def test_an_answer_that_comes_too_late_leaves_the_connection_whole(own_server, connect, caplog):
+    a, b = connect(own_server), connect(own_server)
+    a.serve("ask", lambda m: m.data)
+    own_server.kill(signal.SIGSTOP)
+    try:
+        assert not a.flush(0.2)
+        with pytest.raises(NatsTimeoutError):
+            a.subscribe("late", timeout=0.2)
+    finally:
+        own_server.kill(signal.SIGCONT)
+    assert a.flush(4)
+    assert b.request("ask", b"still", 4).data == b"still"
+    assert a.connects == 1
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
+def test_a_subscription_that_failed_leaves_nothing(own_server, connect):
+    a = connect(own_server)
+    own_server.kill(signal.SIGSTOP)
+    try:
+        with pytest.raises(NatsTimeoutError):
+            a.subscribe("failed.1", lambda m: None, timeout=0.2)
+    finally:
+        own_server.kill(signal.SIGCONT)
+    assert not a._subscriptions
+    assert a.close()
+    with pytest.raises(NatsUnavailableError):
+        a.subscribe("failed.2", lambda m: None)
+    assert not [t.name for t in threading.enumerate() if "failed." in t.name]
+
+
+def test_a_connection_that_reads_no_more_is_made_anew(own_server, connect):
+    a, b = connect(own_server), connect(own_server)
+    a.serve("ask", lambda m: m.data)
+    a._loop.call_soon_threadsafe(a._client._reading_task.cancel)
+    until(lambda: a.connects == 2, 4)
+    assert b.request("ask", b"again", 4).data == b"again"
+
+
 def test_pending_bytes_are_bounded_while_the_server_hangs(own_server, connect):
     a = connect(own_server, pending_mib=2)
     own_server.kill(signal.SIGSTOP)

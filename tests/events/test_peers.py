@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_kvtc.events.index import MIN_BYTES, Index
-from dynamo_kvtc.events.peers import WAITING_EVENTS, Peer, Peers, note_beat, note_events
-from dynamo_kvtc.events.schema import Batch, Beat, BlocksCleared, BlockStored, WorkerDown, WorkerStats
+from dynamo_kvtc.events.peers import WAITING_BYTES, Peer, Peers, Room, note_beat, note_events
+from dynamo_kvtc.events.schema import Batch, Beat, BlocksCleared, BlockStored, Plane, WorkerDown, WorkerStats
 from tests.events.test_index import EVENT, KEYS, Model
 from tests.events.test_schema import up
 
@@ -71,15 +71,44 @@ def test_a_snapshot_and_what_comes_meanwhile_leave_the_same_state(events, data):
 
 
 def test_what_waits_is_bounded_and_then_a_snapshot_is_wanted():
-    peer = Peer("w", 1)
+    room = Room()
+    peer = Peer("w", 1, room)
     events = [BlockStored(KEYS[0], 1, 5)] * 1024
-    for i in range(200):
+    for i in range(400):
         assert peer.offer(Batch("w", 1, 1 + 1024 * i, 0, events)) == []
-        assert peer._waiting_events <= WAITING_EVENTS
+        assert room.used <= WAITING_BYTES
     assert peer.wants_snapshot
     peer.freeze()
-    peer.thaw(1 + 1024 * 200)
+    peer.thaw(1 + 1024 * 400)
     assert not peer.behind
+    assert room.used == 0
+
+
+def test_what_waits_of_all_together_is_bounded_in_bytes_and_the_greediest_pays():
+    peers = Peers()
+    honest, _ = peers.of("honest", 1)
+    honest.offer(Batch("honest", 1, 3, 0, [BlockStored(KEYS[0], 1, 5)]))
+    large = up(planes=[Plane(f"p{i}", "a" * (1 << 14), {str(j): "v" * 256 for j in range(16)}) for i in range(8)])
+    greedy = [peers.of(f"g{i}", 1)[0] for i in range(50)]
+    for i in range(20):
+        for peer in greedy:
+            peer.offer(Batch(peer.worker, 1, 1 + 4 * i, 0, [large] * 4))
+            assert 0 < peers.room.used <= WAITING_BYTES
+    assert sum(peer.wants_snapshot for peer in greedy) >= 40
+    assert not honest.wants_snapshot
+    for peer in greedy:
+        peers.remove(peer, for_good=False)
+    assert honest.offer(Batch("honest", 1, 0, 0, [BlocksCleared()] * 3))
+    assert not honest.behind
+    assert peers.room.used == 0
+
+
+def test_a_new_epoch_takes_no_room_for_the_one_before():
+    peers = Peers()
+    peers.of("w", 1)[0].offer(Batch("w", 1, 3, 0, [BlocksCleared()]))
+    assert peers.room.used > 0
+    peers.of("w", 2)
+    assert peers.room.used == 0
 
 
 def test_a_lost_last_batch_shows_in_the_beat():
