@@ -174,20 +174,26 @@ class Pull:
     def arrived(
         self, holder: str, work: Work, segments: Sequence[tuple[int, int, int]], payload: memoryview
     ) -> None:  # fmt: skip
-        """Raises TransferProtocolError."""
+        """Raises TransferProtocolError; what came before it counts."""
         todo: list[Arrival] = []
         prove: list[tuple[int, int]] = []
+        failed: TransferProtocolError | None = None
         at = 0
         with self._changed:
             for i, offset, length in segments:
                 if i >= len(work.indices) or offset + length > work.items[i].size:
-                    raise TransferProtocolError(f"bytes {offset} to {offset + length} of item {i} were not asked for")
+                    told = f"bytes {offset} to {offset + length} of item {i} were not asked for"
+                    failed = TransferProtocolError(told)
+                    break
                 item = self._items[index := work.indices[i]]
                 data, at = payload[at : at + length], at + length
                 if self.over or WAITING not in item.arriving.status or holder in item.banned:
                     continue
                 try:
                     item.arriving.write(offset, data)
+                except TransferProtocolError as exc:
+                    failed = exc
+                    break
                 except RecordError as exc:
                     # A header of another version or codec stays what it is; a damaged one may come right next time.
                     if isinstance(exc, RecordMismatchError | RecordVersionError):
@@ -214,6 +220,8 @@ class Pull:
         self._puller.count(pieces=proven, bytes=nbytes)
         self._tell(todo)
         self._hire()
+        if failed is not None:
+            raise failed
 
     def missing(self, holder: str, work: Work, items: Sequence[tuple[int, int]]) -> None:
         todo: list[Arrival] = []
