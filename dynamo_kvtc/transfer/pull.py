@@ -93,6 +93,7 @@ class Puller:
         self._errors: Counter[str] = Counter()
         self._asked: Counter[str] = Counter()
         self._avoid: dict[str, float] = {}
+        self._avoid_planes: dict[tuple[str, str], float] = {}
         self._told: set[str] = set()
         self._idle: dict[tuple[str, str], list[tuple[float, Stream]]] = {}
         self._numbers = itertools.count(1)
@@ -248,7 +249,7 @@ class Puller:
                 # It was left from an earlier pull, and the other side may have closed it since.
                 pull.streams.discard(stream)
                 stream.close()
-                stream = plane.connect(address, min(give_up, time.monotonic() + self.options.connect_seconds))
+                plane, address, stream, _ = self._stream(holder, give_up, new=True)
                 pull.streams.add(stream)
                 stream.ask(wire.pack(ask), self._silence(give_up))
                 frame = stream.receive(self._silence(give_up))
@@ -300,28 +301,52 @@ class Puller:
     def _silence(self, give_up: float) -> float:
         return min(give_up, time.monotonic() + self.options.silence_seconds)
 
-    def _stream(self, holder: str, give_up: float) -> tuple[Plane, str, Stream, bool]:
-        """A connection that is free, or a new one; used: it is not new."""
+    def _stream(self, holder: str, give_up: float, new: bool = False) -> tuple[Plane, str, Stream, bool]:
+        """A connection that is free, unless it must be new, or a new one; used: it is not new. Of the planes that both
+        have, the first that connects; one that did not of late comes last."""
         addresses = self._addresses(holder)
-        for plane in self._planes:
-            address = addresses.get(plane.name)
-            if address is None:
-                continue
+        planes = [plane for plane in self._planes if plane.name in addresses]
+        if not planes:
+            ours = ", ".join(plane.name for plane in self._planes)
+            told = ", ".join(addresses) or "none"
+            raise TransferRefusedError(f"it has no plane of this worker's ({ours}), but {told}")
+        with self._lock:
             now = time.monotonic()
-            with self._lock:
-                idle = self._idle.get((plane.name, address), [])
-                young = [pair for pair in idle if now - pair[0] < _IDLE_SECONDS]
-                old = [stream for at, stream in idle if now - at >= _IDLE_SECONDS]
-                found = young.pop()[1] if young else None
-                self._idle[plane.name, address] = young
-            for stream in old:
-                stream.close()
+            planes.sort(key=lambda plane: self._avoid_planes.get((holder, plane.name), 0.0) > now)
+        failed: list[TransferError] = []
+        for plane in planes:
+            address = addresses[plane.name]
+            found = None if new else self._rested((plane.name, address))
             if found is not None:
                 return plane, address, found, True
-            deadline = min(give_up, now + self.options.connect_seconds)
-            return plane, address, plane.connect(address, deadline), False
-        ours = ", ".join(plane.name for plane in self._planes)
-        raise TransferRefusedError(f"it has no plane of this worker's ({ours}), but {', '.join(addresses) or 'none'}")
+            try:
+                deadline = min(give_up, time.monotonic() + self.options.connect_seconds)
+                return plane, address, plane.connect(address, deadline), False
+            except TransferError as exc:
+                failed.append(exc)
+                self._avoid_plane(holder, plane.name)
+                if plane is not planes[-1]:
+                    self.wrong(f"plane {plane.name}", holder, f"plane {plane.name} is left: {exc}")
+        # A refusal is for good: not while another plane may come right.
+        raise next((exc for exc in failed if not isinstance(exc, TransferRefusedError)), failed[0])
+
+    def _avoid_plane(self, holder: str, name: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._avoid_planes = {key: until for key, until in self._avoid_planes.items() if until > now}
+            self._avoid_planes[holder, name] = now + self.options.avoid_seconds
+
+    def _rested(self, where: tuple[str, str]) -> Stream | None:
+        now = time.monotonic()
+        with self._lock:
+            idle = self._idle.get(where, [])
+            young = [pair for pair in idle if now - pair[0] < _IDLE_SECONDS]
+            old = [stream for at, stream in idle if now - at >= _IDLE_SECONDS]
+            found = young.pop()[1] if young else None
+            self._idle[where] = young
+        for stream in old:
+            stream.close()
+        return found
 
     def _keep(self, where: tuple[str, str], stream: Stream) -> None:
         with self._lock:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from dynamo_kvtc.codec.record import parse_record
-from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.errors import ConfigError, PeerGoneError
 from dynamo_kvtc.store.host import HostStore, make_arena
 from dynamo_kvtc.transfer.options import Peers, PullOptions, ServeOptions
 from dynamo_kvtc.transfer.plane import Sender
@@ -199,6 +199,43 @@ def test_what_nobody_has_is_said_at_once(world, rng):
     assert told[-1] == "nobody has it"
     assert pull.wait_group(1, 0) == [False, *[True] * 9, False]
     assert pull.record(0) is None
+
+
+class OtherPlane(TcpPlane):
+    name = "other"
+
+
+class DeadPlane(TcpPlane):
+    """What it connects to is not there: such as 127.0.0.1 of another machine."""
+
+    def __init__(self):
+        super().__init__()
+        self.tried = 0
+
+    def connect(self, address, deadline):
+        self.tried += 1
+        raise PeerGoneError(f"connecting to {address}: refused")
+
+
+def test_a_plane_that_does_not_connect_is_left_for_the_next(world, rng):
+    records = make_records(rng, 30)
+    dead, far, near = DeadPlane(), OtherPlane(), OtherPlane()
+    world.planes += [dead, far, near]
+    world.servers["a"] = server = Server(store_of(records), PEERS, [far])
+    where = {"tcp": "127.0.0.1:9", **server.addresses}
+    options = replace(PATIENT, attempts=1, avoid_seconds=600)
+    puller = Puller([dead, near], lambda _: where, PEERS, EXPECTED, options)
+    world.pullers.append(puller)
+    for _ in range(3):
+        check(puller.pull(wanted_of(records, "a"), 10), records)
+    # Once: then it comes last with this holder, and no piece was asked anew for it.
+    assert dead.tried == 1
+    assert puller.stats().errors == {"plane tcp": 1}
+    assert puller.stats().retried == 0
+    far.close()
+    told = puller.pull(wanted_of(records, "a"), 10).result()
+    assert all("refused" in why for why in told)
+    assert dead.tried == 2
 
 
 def test_another_size_is_another_record(world, rng):
