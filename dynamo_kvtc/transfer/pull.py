@@ -30,12 +30,12 @@ from dynamo_kvtc.store import check_key
 from dynamo_kvtc.transfer import wire
 from dynamo_kvtc.transfer.arriving import Expected
 from dynamo_kvtc.transfer.budget import Budget
+from dynamo_kvtc.transfer.idle import Idle
 from dynamo_kvtc.transfer.options import Peers, PullOptions
 from dynamo_kvtc.transfer.pending import Arrival, Pull, Work
 from dynamo_kvtc.transfer.plane import Plane, Stream
 
 _SLACK_BYTES = 1 << 20
-_IDLE_SECONDS, _IDLE_STREAMS = 20.0, 4
 _BACKOFF_SECONDS = (0.05, 1.0)
 _STRAGGLE_SECONDS = 0.2
 
@@ -95,7 +95,7 @@ class Puller:
         self._avoid: dict[str, float] = {}
         self._avoid_planes: dict[tuple[str, str], float] = {}
         self._told: set[str] = set()
-        self._idle: dict[tuple[str, str], list[tuple[float, Stream]]] = {}
+        self._idle = Idle()
         self._numbers = itertools.count(1)
         self._pulls: set[Pull] = set()
         self._closed = False
@@ -119,6 +119,7 @@ class Puller:
                 raise ConfigError("the puller is closed; make another")
             self._counts["pulls"] += 1
             self._pulls.add(pull)
+        self._idle.sweep()
         pull.start()
         return pull
 
@@ -133,12 +134,10 @@ class Puller:
         """Pulls that run are cancelled. The planes stay open."""
         with self._lock:
             self._closed = True
-            pulls, idle = list(self._pulls), [s for some in self._idle.values() for _, s in some]
-            self._idle.clear()
+            pulls = list(self._pulls)
         for pull in pulls:
             pull.cancel()
-        for stream in idle:
-            stream.close()
+        self._idle.close()
 
     def _check(self, wanted: Sequence[Wanted], timeout: float, into: Sequence[memoryview] | None) -> None:
         options = self.options
@@ -263,7 +262,7 @@ class Puller:
         finally:
             pull.streams.discard(stream)
         if not work.late:
-            self._keep((plane.name, address), stream)
+            self._idle.keep((plane.name, address), stream)
 
     def _hand_over(self, pull: Pull, holder: str, work: Work, number: int, frame: memoryview) -> bool:
         """True at the end."""
@@ -316,7 +315,7 @@ class Puller:
         failed: list[TransferError] = []
         for plane in planes:
             address = addresses[plane.name]
-            found = None if new else self._rested((plane.name, address))
+            found = None if new else self._idle.take((plane.name, address))
             if found is not None:
                 return plane, address, found, True
             try:
@@ -335,24 +334,3 @@ class Puller:
             now = time.monotonic()
             self._avoid_planes = {key: until for key, until in self._avoid_planes.items() if until > now}
             self._avoid_planes[holder, name] = now + self.options.avoid_seconds
-
-    def _rested(self, where: tuple[str, str]) -> Stream | None:
-        now = time.monotonic()
-        with self._lock:
-            idle = self._idle.get(where, [])
-            young = [pair for pair in idle if now - pair[0] < _IDLE_SECONDS]
-            old = [stream for at, stream in idle if now - at >= _IDLE_SECONDS]
-            found = young.pop()[1] if young else None
-            self._idle[where] = young
-        for stream in old:
-            stream.close()
-        return found
-
-    def _keep(self, where: tuple[str, str], stream: Stream) -> None:
-        with self._lock:
-            idle = self._idle.setdefault(where, [])
-            keep = not self._closed and len(idle) < _IDLE_STREAMS
-            if keep:
-                idle.append((time.monotonic(), stream))
-        if not keep:
-            stream.close()

@@ -22,7 +22,7 @@ from dynamo_kvtc.errors import (
     TransferRefusedError,
     TransferTimeoutError,
 )
-from dynamo_kvtc.transfer import wire
+from dynamo_kvtc.transfer import idle, tcp, wire
 from dynamo_kvtc.transfer.arriving import Arriving
 from dynamo_kvtc.transfer.options import PullOptions, ServeOptions
 from dynamo_kvtc.transfer.plane import MAX_FRAME_BYTES
@@ -392,6 +392,51 @@ def test_greetings_of_strangers_take_no_memory_and_end(planes):
                 pass
         one.close()
     planes().connect(address, soon()).close()
+
+
+def test_connections_that_rest_give_way_to_new_ones_and_end(planes, rng, monkeypatch):
+    """An asker whose connection was ended connects again, and nobody notices."""
+    monkeypatch.setattr(tcp, "_YIELD_SECONDS", 0.0)
+    records = make_records(rng, 3)
+    plane = planes(connections=4)
+    server = Server(store_of(records), PEERS, [plane])
+    puller = Puller([planes()], lambda _: server.addresses, PEERS, EXPECTED, PATIENT)
+    assert puller.pull(wanted_of(records, "a"), 10).result() == [""] * 3
+    strangers = planes()
+    for n in range(12):
+        strangers.connect(server.addresses["tcp"], soon())
+        until(lambda n=n: len(plane._resting) == min(n + 2, 4))
+    assert puller.pull(wanted_of(records, "a"), 10).result() == [""] * 3
+    assert not puller.stats().errors
+    assert len(plane._inward) <= 4
+    monkeypatch.setattr(tcp, "_REST_SECONDS", 0.05)
+    other = planes()
+    resting = other.connect(other.serve(lambda *_: None), soon())
+    with pytest.raises(PeerGoneError, match="closed"):
+        resting.receive(soon())
+
+
+def test_while_none_rests_no_more_connect_than_may(planes, monkeypatch):
+    monkeypatch.setattr(tcp, "_YIELD_SECONDS", 600.0)
+    plane = planes(connections=2)
+    address = plane.serve(lambda *_: None)
+    for _ in range(2):
+        planes().connect(address, soon())
+    with pytest.raises(PeerGoneError):
+        planes().connect(address, soon())
+
+
+def test_connections_to_holders_that_have_gone_are_closed(planes, rng, monkeypatch):
+    monkeypatch.setattr(idle, "_IDLE_SECONDS", 0.0)
+    records, where, asker = make_records(rng, 2), {}, planes()
+    puller = Puller([asker], lambda who: where[who], PEERS, EXPECTED, PATIENT)
+    for name in ("a", "b", "c"):
+        where[name] = Server(store_of(records), PEERS, [planes()]).addresses
+        assert puller.pull(wanted_of(records, name), 10).result() == [""] * 2
+        until(lambda name=name: list(puller._idle._streams) == [("tcp", where[name]["tcp"])])
+    assert all(puller.pull([Wanted(rng.randbytes(32), 500, ())], 10).result())
+    assert not asker._outward
+    puller.close()
 
 
 def test_addresses_are_numbers(planes):
