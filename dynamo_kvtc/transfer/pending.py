@@ -83,6 +83,7 @@ class Pull:
         self._open_of = [len(self._items)] * self._groups
         self._changed = threading.Condition()
         self._told: deque[Arrival] = deque()
+        self._read = False
         self._queues: dict[str, list[tuple[int, int]]] = {}
         self._queued_bytes: Counter[str] = Counter()
         self._lanes: Counter[str] = Counter()
@@ -98,6 +99,7 @@ class Pull:
 
     def arrivals(self) -> Iterator[Arrival]:
         """What arrives or fails, from the first on, until all has. For one reader."""
+        self._read = True
         while True:
             self._wait(lambda: bool(self._told), float("inf"))
             try:
@@ -333,8 +335,10 @@ class Pull:
         failed = sum(not a.here for a in todo)
         if failed:
             self._puller.count(failed=failed)
-        with self._changed:
-            self._changed.notify_all()
+        if self._read or self.over or not all(self._open_of[a.group] for a in todo):
+            # Whoever waits for a layer group, or for all, is not woken at every frame to find that it is not the last.
+            with self._changed:
+                self._changed.notify_all()
         if self.over:
             self._puller.ended(self)
         if self._on_arrival is not None:

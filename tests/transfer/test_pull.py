@@ -94,6 +94,18 @@ def test_layer_groups_arrive_in_order_and_each_is_told_once(world, rng):
     assert all(pull.wait_group(g, 0) == [True] * 40 for g in range(IDENTITY.groups))
 
 
+def test_who_waits_is_woken_when_a_layer_group_ends_not_at_every_frame(world, rng):
+    records = {rng.randbytes(32): make_record(rng, [3000] * 3) for _ in range(40)}
+    go = threading.Event()
+    world.gated("a", records, 0, go)
+    pull = world.puller(replace(PATIENT, silence_seconds=9)).pull(wanted_of(records, "a"), 20)
+    woken, told = [], pull._changed.notify_all
+    pull._changed.notify_all = lambda: (woken.append(1), told())
+    go.set()
+    check(pull, records)
+    assert 1 <= len(woken) <= IDENTITY.groups + 1
+
+
 class Gate(Sender):
     """Small frames; those after so many bytes wait for ``go``."""
 
