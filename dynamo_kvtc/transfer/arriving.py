@@ -5,6 +5,7 @@ Bytes land where nothing has landed yet, and nowhere else: what was proven, or i
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from dynamo_kvtc.codec.headers import Identity
@@ -82,6 +83,22 @@ class Arriving:
         self._add(offset, end)
         if self.record is None:
             self._parse()
+
+    def section(self, offset: int, data: Buffer) -> int | None:
+        """As holders send most of it: a whole layer group, next to what is here. It is written, and ready. None: it is
+        no such, and nothing was done."""
+        got = self._got
+        if self.record is None or got[-1][1] != offset:
+            return None
+        group = bisect_right(self.record.offsets, offset) - 1
+        begins = self.record.offsets[group] == offset and self.record.sizes[group] == len(data)
+        if not begins or self.status[group] != WAITING:
+            return None
+        end = offset + len(data)
+        self.slot[offset:end] = data
+        got[-1] = (got[-1][0], end)
+        self.status[group] = PROVING
+        return group
 
     def ready(self) -> list[int]:
         """Layer groups that are here as a whole and wait to be proven; from now on they are not ready again."""

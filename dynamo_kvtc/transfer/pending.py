@@ -22,7 +22,7 @@ from dynamo_kvtc.errors import (
 )
 from dynamo_kvtc.transfer import wire
 from dynamo_kvtc.transfer.arriving import FAILED, HERE, PROVING, WAITING, Arriving, Expected
-from dynamo_kvtc.transfer.plane import Stream
+from dynamo_kvtc.transfer.plane import MAX_FRAME_BYTES, Stream
 
 if TYPE_CHECKING:
     from dynamo_kvtc.transfer.pull import Puller, Wanted
@@ -191,6 +191,11 @@ class Pull:
                 data, at = payload[at : at + length], at + length
                 if self.over or WAITING not in item.arriving.status or holder in item.banned:
                     continue
+                # What is soon proven is proven at once; after what is not, nothing is: groups arrive in their order.
+                group = None if prove else item.arriving.section(offset, data)
+                if group is not None:
+                    self._judged(index, group, item.arriving.prove(group), holder, todo, work)
+                    continue
                 try:
                     item.arriving.write(offset, data)
                 except TransferProtocolError as exc:
@@ -203,27 +208,36 @@ class Pull:
                     self._puller.wrong(type(exc).__name__, holder, str(exc))
                     self._again(index, wire.groups_of(work.items[i].groups), holder, str(exc), todo, work)
                     continue
-                prove += [(index, group) for group in item.arriving.ready()]
-        proven = nbytes = 0
-        bad = [(index, group, self._items[index].arriving.prove(group)) for index, group in prove]
-        with self._changed:
-            for index, group, wrong in bad:
-                arriving = self._items[index].arriving
-                if arriving.status[group] != PROVING:
+                ready = item.arriving.ready()
+                if prove or sum(map(item.arriving.bytes_of, ready)) > MAX_FRAME_BYTES:
+                    prove += [(index, group) for group in ready]
                     continue
-                arriving.proven(group, wrong is None)
-                if wrong is None:
-                    self._settled(index, group, "", todo)
-                    proven += 1
-                    nbytes += arriving.bytes_of(group)
-                else:
-                    self._puller.wrong(type(wrong).__name__, holder, str(wrong))
-                    self._again(index, [group], holder, str(wrong), todo, work)
-        self._puller.count(pieces=proven, bytes=nbytes)
+                for group in ready:
+                    self._judged(index, group, item.arriving.prove(group), holder, todo, work)
+        if prove:
+            bad = [(index, group, self._items[index].arriving.prove(group)) for index, group in prove]
+            with self._changed:
+                for index, group, wrong in bad:
+                    self._judged(index, group, wrong, holder, todo, work)
+        here = [self._items[a.index].arriving.bytes_of(a.group) for a in todo if a.here]
+        self._puller.count(pieces=len(here), bytes=sum(here))
         self._tell(todo)
         self._hire()
         if failed is not None:
             raise failed
+
+    def _judged(
+        self, index: int, group: int, wrong: RecordError | None, holder: str, todo: list[Arrival], work: Work
+    ) -> None:  # fmt: skip
+        arriving = self._items[index].arriving
+        if arriving.status[group] != PROVING:
+            return
+        arriving.proven(group, wrong is None)
+        if wrong is None:
+            self._settled(index, group, "", todo)
+            return
+        self._puller.wrong(type(wrong).__name__, holder, str(wrong))
+        self._again(index, [group], holder, str(wrong), todo, work)
 
     def missing(self, holder: str, work: Work, items: Sequence[tuple[int, int]]) -> None:
         todo: list[Arrival] = []

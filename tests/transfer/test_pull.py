@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from dynamo_kvtc.codec.record import parse_record
 from dynamo_kvtc.errors import ConfigError, PeerGoneError
 from dynamo_kvtc.store.host import HostStore, make_arena
+from dynamo_kvtc.transfer.arriving import Arriving, Expected
 from dynamo_kvtc.transfer.options import Peers, PullOptions, ServeOptions
 from dynamo_kvtc.transfer.plane import Sender
 from dynamo_kvtc.transfer.pull import Puller, Wanted
@@ -104,6 +106,47 @@ def test_who_waits_is_woken_when_a_layer_group_ends_not_at_every_frame(world, rn
     go.set()
     check(pull, records)
     assert 1 <= len(woken) <= IDENTITY.groups + 1
+
+
+def test_a_whole_layer_group_next_to_what_is_here_is_ready_at_once(rng):
+    record = make_record(rng, [900, 0, 700, 800], identity=replace(IDENTITY, groups=4))
+    starts = [*parse_record(record).offsets, len(record)]
+    pieces = [record[a:b] for a, b in pairwise(starts)]
+    arriving = Arriving(memoryview(bytearray(len(record))), Expected(replace(IDENTITY, groups=4)))
+
+    def settle(group):
+        good = arriving.prove(group) is None
+        arriving.proven(group, good)
+        return good
+
+    assert arriving.section(0, record[: starts[0]]) is None  # its header is not known
+    arriving.write(0, record[: starts[0]])
+    assert arriving.ready() == [1]  # it is empty
+    assert settle(1)
+    for group, data in ((2, pieces[2]), (0, pieces[0][:-1]), (0, pieces[0] + b"x")):
+        assert arriving.section(starts[group], data) is None  # not next to the header; not a whole one
+    assert arriving.section(starts[0], bytes(900)) == 0
+    assert not settle(0)
+    assert arriving.section(starts[0], pieces[0]) == 0
+    assert arriving.section(starts[0], bytes(900)) is None  # while it is being proven
+    assert settle(0)
+    assert arriving.section(starts[2], pieces[2]) == 2
+    for late in (bytes(900), bytes(900 + 700)):
+        arriving.write(starts[0], late)
+    assert not arriving.ready()
+    assert settle(2)
+    assert arriving.section(starts[3], pieces[3]) == 3
+    assert settle(3)
+    assert arriving.slot == record
+
+
+def test_layer_groups_that_take_long_to_prove_arrive_in_order_too(world, rng):
+    """One comes in many frames and is proven outside the lock, and the next, in its last frame, not before it."""
+    record = make_record(rng, [100, (1 << 20) + 5000, 2000])
+    world.holder("a", {(key := rng.randbytes(32)): record})
+    pull = world.puller().pull([Wanted(key, len(record), ("a",))], 10)
+    assert [a.group for a in pull.arrivals()] == [0, 1, 2]
+    check(pull, {key: record})
 
 
 class Gate(Sender):
