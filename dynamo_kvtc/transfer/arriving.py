@@ -5,11 +5,12 @@ Bytes land where nothing has landed yet, and nowhere else: what was proven, or i
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from dynamo_kvtc.codec.headers import Identity
 from dynamo_kvtc.codec.record import CRC_OFFSET, FIXED_BYTES, Record, parse_record
-from dynamo_kvtc.errors import RecordCorruptError, RecordError, RecordMismatchError
+from dynamo_kvtc.errors import RecordCorruptError, RecordError, RecordMismatchError, TransferProtocolError
 from dynamo_kvtc.transfer.plane import Buffer
 
 WAITING, PROVING, HERE, FAILED = "waiting", "proving", "here", "failed"
@@ -57,7 +58,8 @@ class Arriving:
         return self.record.sizes[group] + (self.record.offsets[0] if group == 0 else 0)
 
     def write(self, offset: int, data: Buffer) -> None:
-        """Raises a RecordError if the header is damaged or not as expected: then nothing is here any more."""
+        """Raises a RecordError if the header is damaged or not as expected: then nothing is here any more;
+        TransferProtocolError if there are more stretches than an honest holder makes."""
         end = offset + len(data)
         got = self._got
         if got and got[-1][1] == offset:
@@ -81,6 +83,22 @@ class Arriving:
         self._add(offset, end)
         if self.record is None:
             self._parse()
+
+    def section(self, offset: int, data: Buffer) -> int | None:
+        """As holders send most of it: a whole layer group, next to what is here. It is written, and ready. None: it is
+        no such, and nothing was done."""
+        got = self._got
+        if self.record is None or got[-1][1] != offset:
+            return None
+        group = bisect_right(self.record.offsets, offset) - 1
+        begins = self.record.offsets[group] == offset and self.record.sizes[group] == len(data)
+        if not begins or self.status[group] != WAITING:
+            return None
+        end = offset + len(data)
+        self.slot[offset:end] = data
+        got[-1] = (got[-1][0], end)
+        self.status[group] = PROVING
+        return group
 
     def ready(self) -> list[int]:
         """Layer groups that are here as a whole and wait to be proven; from now on they are not ready again."""
@@ -143,7 +161,19 @@ class Arriving:
             else:
                 start, end = min(start, a), max(end, b)
         out.append((start, end))
+        if len(out) > 4 * len(self.status) + 64:
+            # Each costs time at every write, under the pull's lock. The next holder begins where nothing is.
+            self._got = self._kept()
+            raise TransferProtocolError(f"a record that comes in more than {len(out) - 1} stretches")
         self._got = sorted(out)
+
+    def _kept(self) -> list[tuple[int, int]]:
+        """The header, and the layer groups that are proven or being proven."""
+        if self.record is None:
+            return []
+        pieces = zip(self.status, self.record.offsets, self.record.sizes, strict=True)
+        groups = [(start, start + size) for status, start, size in pieces if status in (PROVING, HERE) and size]
+        return [(0, self.record.offsets[0]), *groups]
 
     def _take_out(self, start: int, end: int) -> None:
         out = []

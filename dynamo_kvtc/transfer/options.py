@@ -46,7 +46,8 @@ class PullOptions:
     """in_flight_bytes: asked for and not here yet, all pulls together. ask_bytes: of one ask at most; lanes: asks at
     once of one pull to one holder. record_bytes, pull_bytes: what a record and a pull may have at most.
     connect_seconds, silence_seconds, ask_seconds: how long a holder may take to be reached, to send the next frame, and
-    to answer an ask. attempts: of a piece with one holder. avoid_seconds: how long a holder that failed comes last."""
+    to answer an ask. attempts: of a piece with one holder. avoid_seconds: how long a holder that failed, or its plane
+    that did not connect, comes last."""
 
     in_flight_bytes: int = 64 * MIB
     ask_bytes: int = 8 * MIB

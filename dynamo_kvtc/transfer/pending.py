@@ -22,7 +22,7 @@ from dynamo_kvtc.errors import (
 )
 from dynamo_kvtc.transfer import wire
 from dynamo_kvtc.transfer.arriving import FAILED, HERE, PROVING, WAITING, Arriving, Expected
-from dynamo_kvtc.transfer.plane import Stream
+from dynamo_kvtc.transfer.plane import MAX_FRAME_BYTES, Stream
 
 if TYPE_CHECKING:
     from dynamo_kvtc.transfer.pull import Puller, Wanted
@@ -83,6 +83,7 @@ class Pull:
         self._open_of = [len(self._items)] * self._groups
         self._changed = threading.Condition()
         self._told: deque[Arrival] = deque()
+        self._read = False
         self._queues: dict[str, list[tuple[int, int]]] = {}
         self._queued_bytes: Counter[str] = Counter()
         self._lanes: Counter[str] = Counter()
@@ -98,6 +99,7 @@ class Pull:
 
     def arrivals(self) -> Iterator[Arrival]:
         """What arrives or fails, from the first on, until all has. For one reader."""
+        self._read = True
         while True:
             self._wait(lambda: bool(self._told), float("inf"))
             try:
@@ -174,20 +176,31 @@ class Pull:
     def arrived(
         self, holder: str, work: Work, segments: Sequence[tuple[int, int, int]], payload: memoryview
     ) -> None:  # fmt: skip
-        """Raises TransferProtocolError."""
+        """Raises TransferProtocolError; what came before it counts."""
         todo: list[Arrival] = []
         prove: list[tuple[int, int]] = []
+        failed: TransferProtocolError | None = None
         at = 0
         with self._changed:
             for i, offset, length in segments:
                 if i >= len(work.indices) or offset + length > work.items[i].size:
-                    raise TransferProtocolError(f"bytes {offset} to {offset + length} of item {i} were not asked for")
+                    told = f"bytes {offset} to {offset + length} of item {i} were not asked for"
+                    failed = TransferProtocolError(told)
+                    break
                 item = self._items[index := work.indices[i]]
                 data, at = payload[at : at + length], at + length
                 if self.over or WAITING not in item.arriving.status or holder in item.banned:
                     continue
+                # What is soon proven is proven at once; after what is not, nothing is: groups arrive in their order.
+                group = None if prove else item.arriving.section(offset, data)
+                if group is not None:
+                    self._judged(index, group, item.arriving.prove(group), holder, todo, work)
+                    continue
                 try:
                     item.arriving.write(offset, data)
+                except TransferProtocolError as exc:
+                    failed = exc
+                    break
                 except RecordError as exc:
                     # A header of another version or codec stays what it is; a damaged one may come right next time.
                     if isinstance(exc, RecordMismatchError | RecordVersionError):
@@ -195,25 +208,36 @@ class Pull:
                     self._puller.wrong(type(exc).__name__, holder, str(exc))
                     self._again(index, wire.groups_of(work.items[i].groups), holder, str(exc), todo, work)
                     continue
-                prove += [(index, group) for group in item.arriving.ready()]
-        proven = nbytes = 0
-        bad = [(index, group, self._items[index].arriving.prove(group)) for index, group in prove]
-        with self._changed:
-            for index, group, wrong in bad:
-                arriving = self._items[index].arriving
-                if arriving.status[group] != PROVING:
+                ready = item.arriving.ready()
+                if prove or sum(map(item.arriving.bytes_of, ready)) > MAX_FRAME_BYTES:
+                    prove += [(index, group) for group in ready]
                     continue
-                arriving.proven(group, wrong is None)
-                if wrong is None:
-                    self._settled(index, group, "", todo)
-                    proven += 1
-                    nbytes += arriving.bytes_of(group)
-                else:
-                    self._puller.wrong(type(wrong).__name__, holder, str(wrong))
-                    self._again(index, [group], holder, str(wrong), todo, work)
-        self._puller.count(pieces=proven, bytes=nbytes)
+                for group in ready:
+                    self._judged(index, group, item.arriving.prove(group), holder, todo, work)
+        if prove:
+            bad = [(index, group, self._items[index].arriving.prove(group)) for index, group in prove]
+            with self._changed:
+                for index, group, wrong in bad:
+                    self._judged(index, group, wrong, holder, todo, work)
+        here = [self._items[a.index].arriving.bytes_of(a.group) for a in todo if a.here]
+        self._puller.count(pieces=len(here), bytes=sum(here))
         self._tell(todo)
         self._hire()
+        if failed is not None:
+            raise failed
+
+    def _judged(
+        self, index: int, group: int, wrong: RecordError | None, holder: str, todo: list[Arrival], work: Work
+    ) -> None:  # fmt: skip
+        arriving = self._items[index].arriving
+        if arriving.status[group] != PROVING:
+            return
+        arriving.proven(group, wrong is None)
+        if wrong is None:
+            self._settled(index, group, "", todo)
+            return
+        self._puller.wrong(type(wrong).__name__, holder, str(wrong))
+        self._again(index, [group], holder, str(wrong), todo, work)
 
     def missing(self, holder: str, work: Work, items: Sequence[tuple[int, int]]) -> None:
         todo: list[Arrival] = []
@@ -325,8 +349,10 @@ class Pull:
         failed = sum(not a.here for a in todo)
         if failed:
             self._puller.count(failed=failed)
-        with self._changed:
-            self._changed.notify_all()
+        if self._read or self.over or not all(self._open_of[a.group] for a in todo):
+            # Whoever waits for a layer group, or for all, is not woken at every frame to find that it is not the last.
+            with self._changed:
+                self._changed.notify_all()
         if self.over:
             self._puller.ended(self)
         if self._on_arrival is not None:

@@ -1,8 +1,9 @@
 """What carries frames from a holder to an asker. To add one: the three classes below, and a line in ``PLANES``.
 
 A worker advertises, for each plane it has, an address that only that plane reads. An asker takes the first of its own
-planes that the holder has, too. A plane knows nothing of records; everything it waits for has a deadline, in seconds of
-``time.monotonic``, and everything it raises is a TransferError.
+planes that the holder has, too, and that connects: one that does not, such as ``tcp`` at an address of the holder's own
+machine, comes last with that holder for a while. A plane knows nothing of records; everything it waits for has a
+deadline, in seconds of ``time.monotonic``, and everything it raises is a TransferError.
 """
 
 from __future__ import annotations

@@ -30,12 +30,12 @@ from dynamo_kvtc.store import check_key
 from dynamo_kvtc.transfer import wire
 from dynamo_kvtc.transfer.arriving import Expected
 from dynamo_kvtc.transfer.budget import Budget
+from dynamo_kvtc.transfer.idle import Idle
 from dynamo_kvtc.transfer.options import Peers, PullOptions
 from dynamo_kvtc.transfer.pending import Arrival, Pull, Work
 from dynamo_kvtc.transfer.plane import Plane, Stream
 
 _SLACK_BYTES = 1 << 20
-_IDLE_SECONDS, _IDLE_STREAMS = 20.0, 4
 _BACKOFF_SECONDS = (0.05, 1.0)
 _STRAGGLE_SECONDS = 0.2
 
@@ -93,8 +93,9 @@ class Puller:
         self._errors: Counter[str] = Counter()
         self._asked: Counter[str] = Counter()
         self._avoid: dict[str, float] = {}
+        self._avoid_planes: dict[tuple[str, str], float] = {}
         self._told: set[str] = set()
-        self._idle: dict[tuple[str, str], list[tuple[float, Stream]]] = {}
+        self._idle = Idle()
         self._numbers = itertools.count(1)
         self._pulls: set[Pull] = set()
         self._closed = False
@@ -118,6 +119,7 @@ class Puller:
                 raise ConfigError("the puller is closed; make another")
             self._counts["pulls"] += 1
             self._pulls.add(pull)
+        self._idle.sweep()
         pull.start()
         return pull
 
@@ -132,12 +134,10 @@ class Puller:
         """Pulls that run are cancelled. The planes stay open."""
         with self._lock:
             self._closed = True
-            pulls, idle = list(self._pulls), [s for some in self._idle.values() for _, s in some]
-            self._idle.clear()
+            pulls = list(self._pulls)
         for pull in pulls:
             pull.cancel()
-        for stream in idle:
-            stream.close()
+        self._idle.close()
 
     def _check(self, wanted: Sequence[Wanted], timeout: float, into: Sequence[memoryview] | None) -> None:
         options = self.options
@@ -248,7 +248,7 @@ class Puller:
                 # It was left from an earlier pull, and the other side may have closed it since.
                 pull.streams.discard(stream)
                 stream.close()
-                stream = plane.connect(address, min(give_up, time.monotonic() + self.options.connect_seconds))
+                plane, address, stream, _ = self._stream(holder, give_up, new=True)
                 pull.streams.add(stream)
                 stream.ask(wire.pack(ask), self._silence(give_up))
                 frame = stream.receive(self._silence(give_up))
@@ -262,7 +262,7 @@ class Puller:
         finally:
             pull.streams.discard(stream)
         if not work.late:
-            self._keep((plane.name, address), stream)
+            self._idle.keep((plane.name, address), stream)
 
     def _hand_over(self, pull: Pull, holder: str, work: Work, number: int, frame: memoryview) -> bool:
         """True at the end."""
@@ -300,34 +300,37 @@ class Puller:
     def _silence(self, give_up: float) -> float:
         return min(give_up, time.monotonic() + self.options.silence_seconds)
 
-    def _stream(self, holder: str, give_up: float) -> tuple[Plane, str, Stream, bool]:
-        """A connection that is free, or a new one; used: it is not new."""
+    def _stream(self, holder: str, give_up: float, new: bool = False) -> tuple[Plane, str, Stream, bool]:
+        """A connection that is free, unless it must be new, or a new one; used: it is not new. Of the planes that both
+        have, the first that connects; one that did not of late comes last."""
         addresses = self._addresses(holder)
-        for plane in self._planes:
-            address = addresses.get(plane.name)
-            if address is None:
-                continue
+        planes = [plane for plane in self._planes if plane.name in addresses]
+        if not planes:
+            ours = ", ".join(plane.name for plane in self._planes)
+            told = ", ".join(addresses) or "none"
+            raise TransferRefusedError(f"it has no plane of this worker's ({ours}), but {told}")
+        with self._lock:
             now = time.monotonic()
-            with self._lock:
-                idle = self._idle.get((plane.name, address), [])
-                young = [pair for pair in idle if now - pair[0] < _IDLE_SECONDS]
-                old = [stream for at, stream in idle if now - at >= _IDLE_SECONDS]
-                found = young.pop()[1] if young else None
-                self._idle[plane.name, address] = young
-            for stream in old:
-                stream.close()
+            planes.sort(key=lambda plane: self._avoid_planes.get((holder, plane.name), 0.0) > now)
+        failed: list[TransferError] = []
+        for plane in planes:
+            address = addresses[plane.name]
+            found = None if new else self._idle.take((plane.name, address))
             if found is not None:
                 return plane, address, found, True
-            deadline = min(give_up, now + self.options.connect_seconds)
-            return plane, address, plane.connect(address, deadline), False
-        ours = ", ".join(plane.name for plane in self._planes)
-        raise TransferRefusedError(f"it has no plane of this worker's ({ours}), but {', '.join(addresses) or 'none'}")
+            try:
+                deadline = min(give_up, time.monotonic() + self.options.connect_seconds)
+                return plane, address, plane.connect(address, deadline), False
+            except TransferError as exc:
+                failed.append(exc)
+                self._avoid_plane(holder, plane.name)
+                if plane is not planes[-1]:
+                    self.wrong(f"plane {plane.name}", holder, f"plane {plane.name} is left: {exc}")
+        # A refusal is for good: not while another plane may come right.
+        raise next((exc for exc in failed if not isinstance(exc, TransferRefusedError)), failed[0])
 
-    def _keep(self, where: tuple[str, str], stream: Stream) -> None:
+    def _avoid_plane(self, holder: str, name: str) -> None:
         with self._lock:
-            idle = self._idle.setdefault(where, [])
-            keep = not self._closed and len(idle) < _IDLE_STREAMS
-            if keep:
-                idle.append((time.monotonic(), stream))
-        if not keep:
-            stream.close()
+            now = time.monotonic()
+            self._avoid_planes = {key: until for key, until in self._avoid_planes.items() if until > now}
+            self._avoid_planes[holder, name] = now + self.options.avoid_seconds

@@ -37,6 +37,8 @@ from dynamo_kvtc.transfer.plane import FRAME_BYTES, MAX_FRAME_BYTES, Answer, Buf
 _GREETING = b"KVTC-TCP\x01"
 _NONCE_BYTES = 32
 _GREET_SECONDS = 2.0
+_REST_SECONDS, _YIELD_SECONDS = 60.0, 1.0
+"""How long a connection may rest between asks; and before it gives way to a new one where there are too many."""
 _LENGTH = struct.Struct("<I")
 _TIME = struct.Struct("@ll")
 
@@ -84,6 +86,7 @@ class TcpPlane(plane.Plane):
         self._listener: socket.socket | None = None
         self._lock = threading.Lock()
         self._inward: set[socket.socket] = set()
+        self._resting: dict[socket.socket, float] = {}
         self._outward: set[socket.socket] = set()
         self._closed = False
 
@@ -116,7 +119,7 @@ class TcpPlane(plane.Plane):
                 with _translated(f"TLS with {address}"):
                     made.settimeout(_left(deadline))
                     made = self._contexts[1].wrap_socket(made)
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _set_up(made)
             line = _Line(made)
             _greet(line, self._token, False, deadline)
         except BaseException:
@@ -148,7 +151,7 @@ class TcpPlane(plane.Plane):
                 time.sleep(0.05)
                 continue
             with self._lock:
-                full = len(self._inward) >= self._options.connections
+                full = len(self._inward) >= self._options.connections and not self._yielded()
                 if not full and not self._closed:
                     self._inward.add(made)
             if full or self._closed:
@@ -156,10 +159,21 @@ class TcpPlane(plane.Plane):
                 continue
             threading.Thread(target=self._serve, args=(made, answer), name="kvtc-tcp", daemon=True).start()
 
+    def _yielded(self) -> bool:
+        """Under the lock: whether the connection that rests longest has been ended, for a new one; its asker connects
+        again."""
+        one, since = next(iter(self._resting.items()), (None, 0.0))
+        if one is None or time.monotonic() - since < _YIELD_SECONDS:
+            return False
+        del self._resting[one]
+        self._inward.discard(one)
+        _shut(one)
+        return True
+
     def _serve(self, raw: socket.socket, answer: Answer) -> None:
         made = raw
         try:
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _set_up(made)
             if self._contexts is not None:
                 with _translated("TLS with an asker"):
                     made.settimeout(_GREET_SECONDS)
@@ -169,9 +183,13 @@ class TcpPlane(plane.Plane):
                     self._inward.add(made)
             line = _Line(made)
             _greet(line, self._token, True, time.monotonic() + _GREET_SECONDS)
-            # Between asks a connection may rest as long as it likes: it holds nothing.
             while not self._closed:
-                answer(line.receive(None), line)
+                with self._lock:
+                    self._resting[made] = time.monotonic()
+                frame = line.receive(None)
+                with self._lock:
+                    self._resting.pop(made, None)
+                answer(frame, line)
         except TransferError as exc:
             log.debug("transfer: a connection ended: %s", exc)
         except Exception:
@@ -185,6 +203,7 @@ class TcpPlane(plane.Plane):
         with self._lock:
             self._inward.discard(one)
             self._outward.discard(one)
+            self._resting.pop(one, None)
         one.close()
 
 
@@ -222,8 +241,9 @@ class _Line(plane.Sender):
                     parts[0] = parts[0][sent:]
 
     def receive(self, deadline: float | None) -> memoryview:
-        """deadline None: none until the frame's first byte, _GREET_SECONDS for the rest."""
-        self._fill(memoryview(self._buffer)[: _LENGTH.size], deadline)
+        """deadline None: _REST_SECONDS until a frame begins, _GREET_SECONDS for the rest."""
+        begin = deadline if deadline is not None else time.monotonic() + _REST_SECONDS
+        self._fill(memoryview(self._buffer)[: _LENGTH.size], begin)
         size = _LENGTH.unpack_from(self._buffer)[0]
         if size > MAX_FRAME_BYTES:
             raise TransferProtocolError(f"a frame of {size} bytes; it has at most {MAX_FRAME_BYTES}")
@@ -372,6 +392,11 @@ def _told(exc: OSError, doing: str) -> TransferError:
     if isinstance(exc, TimeoutError | BlockingIOError):
         return TransferTimeoutError(f"{doing}: not in time")
     return PeerGoneError(f"{doing}: {exc}")
+
+
+def _set_up(made: socket.socket) -> None:
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def _shut(one: socket.socket) -> None:

@@ -8,10 +8,12 @@ import socket
 import subprocess
 import threading
 import time
+from dataclasses import replace
 
 import msgspec
 import pytest
 
+from dynamo_kvtc.codec.record import parse_record
 from dynamo_kvtc.errors import (
     ConfigError,
     PeerGoneError,
@@ -20,7 +22,8 @@ from dynamo_kvtc.errors import (
     TransferRefusedError,
     TransferTimeoutError,
 )
-from dynamo_kvtc.transfer import wire
+from dynamo_kvtc.transfer import idle, tcp, wire
+from dynamo_kvtc.transfer.arriving import Arriving
 from dynamo_kvtc.transfer.options import PullOptions, ServeOptions
 from dynamo_kvtc.transfer.plane import MAX_FRAME_BYTES
 from dynamo_kvtc.transfer.pull import Puller, Wanted
@@ -123,6 +126,71 @@ def test_a_late_duplicate_does_not_change_what_was_proven(planes, rng):
     pull, _ = lying(planes, answer, {key: record})
     assert pull.result() == [""]
     assert sent.is_set()
+    assert pull.record(0) == record
+
+
+def every_other_byte(arriving, start, end):
+    for at in range(start, end, 2):
+        arriving.write(at, b"x")
+
+
+def test_a_record_in_thousands_of_stretches_is_refused_at_once(planes, rng):
+    """Each stretch would cost every later one time, while the engine waits for the pull's lock."""
+    key, record = rng.randbytes(32), make_record(rng, [9000] * 3)
+    limit = 4 * EXPECTED.identity.groups + 64
+
+    def answer(frame, sender):
+        ask = wire.unpack(frame)[0]
+        cuts = [(0, at, 1) for at in range(100, 20_000, 2)]
+        sender.send(pieces(ask, cuts, bytes(len(cuts))), soon())
+        time.sleep(0.2)
+
+    def honest(frame, sender):
+        ask = wire.unpack(frame)[0]
+        for at in range(0, len(record), 4000):
+            some = record[at : at + 4000]
+            sender.send(pieces(ask, [(0, at, len(some))], some), soon())
+        sender.send([wire.pack(wire.End(ask.ask, len(record)))], soon())
+
+    where = {"a": {"tcp": planes().serve(answer)}, "b": {"tcp": planes().serve(honest)}}
+    puller = Puller([planes()], lambda who: where[who], PEERS, EXPECTED, replace(PATIENT, attempts=1))
+    assert "stretches" in puller.pull([Wanted(key, len(record), ("a",))], 10).result()[0]
+    puller._avoid = {"b": soon(60)}  # so that a comes first
+    pull = puller.pull([Wanted(key, len(record), ("a", "b"))], 10)
+    assert pull.result() == [""]
+    assert pull.record(0) == record
+
+    arriving = Arriving(memoryview(bytearray(len(record))), EXPECTED)
+    with pytest.raises(TransferProtocolError, match=f"more than {limit} stretches"):
+        every_other_byte(arriving, 100, 20_000)
+    assert arriving._got == []
+
+
+def test_too_many_stretches_take_nothing_that_is_proven_along(rng):
+    record = make_record(rng, [300] * 3)
+    arriving = Arriving(memoryview(bytearray(len(record))), EXPECTED)
+    start = parse_record(record).offsets[1]
+    arriving.write(0, record[:start])
+    assert arriving.ready() == [0]
+    arriving.proven(0, arriving.prove(0) is None)
+    with pytest.raises(TransferProtocolError):
+        every_other_byte(arriving, start + 1, len(record))
+    arriving.write(0, bytes(start))
+    arriving.write(start, record[start:])
+    assert arriving.ready() == [1, 2]
+    assert arriving.slot == record
+
+
+def test_what_came_before_a_lie_in_the_same_frame_counts(planes, rng):
+    """It was waiting to be proven for ever: neither here nor asked of another."""
+    key, record = rng.randbytes(32), make_record(rng, [500] * 3)
+
+    def answer(frame, sender):
+        ask = wire.unpack(frame)[0]
+        sender.send(pieces(ask, [(0, 0, len(record)), (9, 0, 1)], record + b"x"), soon())
+
+    pull, _ = lying(planes, answer, {key: record}, replace(PATIENT, attempts=1))
+    assert pull.result() == [""]
     assert pull.record(0) == record
 
 
@@ -324,6 +392,51 @@ def test_greetings_of_strangers_take_no_memory_and_end(planes):
                 pass
         one.close()
     planes().connect(address, soon()).close()
+
+
+def test_connections_that_rest_give_way_to_new_ones_and_end(planes, rng, monkeypatch):
+    """An asker whose connection was ended connects again, and nobody notices."""
+    monkeypatch.setattr(tcp, "_YIELD_SECONDS", 0.0)
+    records = make_records(rng, 3)
+    plane = planes(connections=4)
+    server = Server(store_of(records), PEERS, [plane])
+    puller = Puller([planes()], lambda _: server.addresses, PEERS, EXPECTED, PATIENT)
+    assert puller.pull(wanted_of(records, "a"), 10).result() == [""] * 3
+    strangers = planes()
+    for n in range(12):
+        strangers.connect(server.addresses["tcp"], soon())
+        until(lambda n=n: len(plane._resting) == min(n + 2, 4))
+    assert puller.pull(wanted_of(records, "a"), 10).result() == [""] * 3
+    assert not puller.stats().errors
+    assert len(plane._inward) <= 4
+    monkeypatch.setattr(tcp, "_REST_SECONDS", 0.05)
+    other = planes()
+    resting = other.connect(other.serve(lambda *_: None), soon())
+    with pytest.raises(PeerGoneError, match="closed"):
+        resting.receive(soon())
+
+
+def test_while_none_rests_no_more_connect_than_may(planes, monkeypatch):
+    monkeypatch.setattr(tcp, "_YIELD_SECONDS", 600.0)
+    plane = planes(connections=2)
+    address = plane.serve(lambda *_: None)
+    for _ in range(2):
+        planes().connect(address, soon())
+    with pytest.raises(PeerGoneError):
+        planes().connect(address, soon())
+
+
+def test_connections_to_holders_that_have_gone_are_closed(planes, rng, monkeypatch):
+    monkeypatch.setattr(idle, "_IDLE_SECONDS", 0.0)
+    records, where, asker = make_records(rng, 2), {}, planes()
+    puller = Puller([asker], lambda who: where[who], PEERS, EXPECTED, PATIENT)
+    for name in ("a", "b", "c"):
+        where[name] = Server(store_of(records), PEERS, [planes()]).addresses
+        assert puller.pull(wanted_of(records, name), 10).result() == [""] * 2
+        until(lambda name=name: list(puller._idle._streams) == [("tcp", where[name]["tcp"])])
+    assert all(puller.pull([Wanted(rng.randbytes(32), 500, ())], 10).result())
+    assert not asker._outward
+    puller.close()
 
 
 def test_addresses_are_numbers(planes):

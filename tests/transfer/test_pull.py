@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from dynamo_kvtc.codec.record import parse_record
-from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.errors import ConfigError, PeerGoneError
 from dynamo_kvtc.store.host import HostStore, make_arena
+from dynamo_kvtc.transfer.arriving import Arriving, Expected
 from dynamo_kvtc.transfer.options import Peers, PullOptions, ServeOptions
 from dynamo_kvtc.transfer.plane import Sender
 from dynamo_kvtc.transfer.pull import Puller, Wanted
@@ -92,6 +94,59 @@ def test_layer_groups_arrive_in_order_and_each_is_told_once(world, rng):
     assert sorted((a.group, a.index) for a in told) == [(g, i) for g in range(IDENTITY.groups) for i in range(40)]
     assert [a.group for a in told] == sorted(a.group for a in told)
     assert all(pull.wait_group(g, 0) == [True] * 40 for g in range(IDENTITY.groups))
+
+
+def test_who_waits_is_woken_when_a_layer_group_ends_not_at_every_frame(world, rng):
+    records = {rng.randbytes(32): make_record(rng, [3000] * 3) for _ in range(40)}
+    go = threading.Event()
+    world.gated("a", records, 0, go)
+    pull = world.puller(replace(PATIENT, silence_seconds=9)).pull(wanted_of(records, "a"), 20)
+    woken, told = [], pull._changed.notify_all
+    pull._changed.notify_all = lambda: (woken.append(1), told())
+    go.set()
+    check(pull, records)
+    assert 1 <= len(woken) <= IDENTITY.groups + 1
+
+
+def test_a_whole_layer_group_next_to_what_is_here_is_ready_at_once(rng):
+    record = make_record(rng, [900, 0, 700, 800], identity=replace(IDENTITY, groups=4))
+    starts = [*parse_record(record).offsets, len(record)]
+    pieces = [record[a:b] for a, b in pairwise(starts)]
+    arriving = Arriving(memoryview(bytearray(len(record))), Expected(replace(IDENTITY, groups=4)))
+
+    def settle(group):
+        good = arriving.prove(group) is None
+        arriving.proven(group, good)
+        return good
+
+    assert arriving.section(0, record[: starts[0]]) is None  # its header is not known
+    arriving.write(0, record[: starts[0]])
+    assert arriving.ready() == [1]  # it is empty
+    assert settle(1)
+    for group, data in ((2, pieces[2]), (0, pieces[0][:-1]), (0, pieces[0] + b"x")):
+        assert arriving.section(starts[group], data) is None  # not next to the header; not a whole one
+    assert arriving.section(starts[0], bytes(900)) == 0
+    assert not settle(0)
+    assert arriving.section(starts[0], pieces[0]) == 0
+    assert arriving.section(starts[0], bytes(900)) is None  # while it is being proven
+    assert settle(0)
+    assert arriving.section(starts[2], pieces[2]) == 2
+    for late in (bytes(900), bytes(900 + 700)):
+        arriving.write(starts[0], late)
+    assert not arriving.ready()
+    assert settle(2)
+    assert arriving.section(starts[3], pieces[3]) == 3
+    assert settle(3)
+    assert arriving.slot == record
+
+
+def test_layer_groups_that_take_long_to_prove_arrive_in_order_too(world, rng):
+    """One comes in many frames and is proven outside the lock, and the next, in its last frame, not before it."""
+    record = make_record(rng, [100, (1 << 20) + 5000, 2000])
+    world.holder("a", {(key := rng.randbytes(32)): record})
+    pull = world.puller().pull([Wanted(key, len(record), ("a",))], 10)
+    assert [a.group for a in pull.arrivals()] == [0, 1, 2]
+    check(pull, {key: record})
 
 
 class Gate(Sender):
@@ -199,6 +254,43 @@ def test_what_nobody_has_is_said_at_once(world, rng):
     assert told[-1] == "nobody has it"
     assert pull.wait_group(1, 0) == [False, *[True] * 9, False]
     assert pull.record(0) is None
+
+
+class OtherPlane(TcpPlane):
+    name = "other"
+
+
+class DeadPlane(TcpPlane):
+    """What it connects to is not there: such as 127.0.0.1 of another machine."""
+
+    def __init__(self):
+        super().__init__()
+        self.tried = 0
+
+    def connect(self, address, deadline):
+        self.tried += 1
+        raise PeerGoneError(f"connecting to {address}: refused")
+
+
+def test_a_plane_that_does_not_connect_is_left_for_the_next(world, rng):
+    records = make_records(rng, 30)
+    dead, far, near = DeadPlane(), OtherPlane(), OtherPlane()
+    world.planes += [dead, far, near]
+    world.servers["a"] = server = Server(store_of(records), PEERS, [far])
+    where = {"tcp": "127.0.0.1:9", **server.addresses}
+    options = replace(PATIENT, attempts=1, avoid_seconds=600)
+    puller = Puller([dead, near], lambda _: where, PEERS, EXPECTED, options)
+    world.pullers.append(puller)
+    for _ in range(3):
+        check(puller.pull(wanted_of(records, "a"), 10), records)
+    # Once: then it comes last with this holder, and no piece was asked anew for it.
+    assert dead.tried == 1
+    assert puller.stats().errors == {"plane tcp": 1}
+    assert puller.stats().retried == 0
+    far.close()
+    told = puller.pull(wanted_of(records, "a"), 10).result()
+    assert all("refused" in why for why in told)
+    assert dead.tried == 2
 
 
 def test_another_size_is_another_record(world, rng):
