@@ -181,6 +181,9 @@ class Pull:
         prove: list[tuple[int, int]] = []
         failed: TransferProtocolError | None = None
         at = 0
+        # An honest frame has a segment a piece, and one that was cut at either end.
+        if len(segments) > 2 * len(work.pieces) + 64:
+            raise TransferProtocolError(f"a frame of {len(segments)} segments for {len(work.pieces)} pieces")
         with self._changed:
             for i, offset, length in segments:
                 if i >= len(work.indices) or offset + length > work.items[i].size:

@@ -142,7 +142,10 @@ def test_a_record_in_thousands_of_stretches_is_refused_at_once(planes, rng):
     def answer(frame, sender):
         ask = wire.unpack(frame)[0]
         cuts = [(0, at, 1) for at in range(100, 20_000, 2)]
-        sender.send(pieces(ask, cuts, bytes(len(cuts))), soon())
+        with contextlib.suppress(TransferError):
+            for at in range(0, len(cuts), 50):
+                some = cuts[at : at + 50]
+                sender.send(pieces(ask, some, bytes(len(some))), soon())
         time.sleep(0.2)
 
     def honest(frame, sender):
@@ -164,6 +167,19 @@ def test_a_record_in_thousands_of_stretches_is_refused_at_once(planes, rng):
     with pytest.raises(TransferProtocolError, match=f"more than {limit} stretches"):
         every_other_byte(arriving, 100, 20_000)
     assert arriving._got == []
+
+
+def test_a_frame_of_thousands_of_segments_is_refused_at_once(planes, rng):
+    """Of the same bytes again and again, too: each is looked at under the pull's lock."""
+    key, record = rng.randbytes(32), make_record(rng, [9000] * 3)
+
+    def answer(frame, sender):
+        ask = wire.unpack(frame)[0]
+        sender.send(pieces(ask, [(0, 100, 1)] * 5000, bytes(5000)), soon())
+        time.sleep(0.2)
+
+    pull, _ = lying(planes, answer, {key: record}, replace(PATIENT, attempts=1))
+    assert "a frame of 5000 segments" in pull.result()[0]
 
 
 def test_too_many_stretches_take_nothing_that_is_proven_along(rng):
