@@ -12,29 +12,28 @@ from its first sign of life (a heartbeat, or events as they happen) until its ti
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
 
-from dynamo_kvtc.errors import EventError, KvtcError, NatsError
+from dynamo_kvtc.errors import EventError, KvtcError, NatsError, NatsUnavailableError
+from dynamo_kvtc.events.holdings import read_snapshot
 from dynamo_kvtc.events.inbox import Message
 from dynamo_kvtc.events.index import Index
 from dynamo_kvtc.events.jetstream import Bucket, Stream
 from dynamo_kvtc.events.nats import Nats
 from dynamo_kvtc.events.options import EventOptions
 from dynamo_kvtc.events.peers import Peer, Peers, note_beat, note_events
-from dynamo_kvtc.events.schema import Batch, Beat, Event, SnapshotAsk, SnapshotPage, Subjects, WorkerUp, decode, encode
+from dynamo_kvtc.events.schema import Batch, Beat, Event, Subjects, WorkerUp, decode
 
 GRACE_SECONDS = 0.05
 """What is only late comes by itself."""
-PAGE_SECONDS = 2.0
-PAGE_TRIES = 3
-LEAST_ENTRIES = 64
-"""Of a page that is not the last: nobody keeps us busy with crumbs."""
-SNAPSHOT_SECONDS = 120.0
 TURN_SECONDS = 0.05
 STREAM_SECONDS = 5.0
+HEAL_SECONDS = 2.0
+"""For the stream to go on, or all that it has of one worker; then a snapshot is asked for."""
+REST = 4
+"""Times as long as it took to heal a worker it is then left alone, so that the others have their turn."""
 
 log = logging.getLogger(__name__)
 
@@ -252,9 +251,11 @@ class Follower:
                     peer.behind_since, peer.seen_next = None, peer.next
             for peer in behind:
                 peer.behind_since = peer.behind_since or now
-        for peer in behind:
+        # Who was quick comes first.
+        for peer in sorted(behind, key=lambda peer: peer.took):
             if self._closed.is_set() or now < (peer.behind_since or now) + GRACE_SECONDS or now < peer.retry_at:
                 continue
+            began, pause = time.monotonic(), 0.0
             try:
                 self.counts["gaps"] += 1
                 if not peer.wants_snapshot and peer.next and self._heal_from_stream(peer):
@@ -265,18 +266,25 @@ class Follower:
                 peer.failures = 0
             except KvtcError as exc:
                 peer.failures += 1
-                peer.retry_at = time.monotonic() + min(30.0, 0.25 * 2 ** min(peer.failures, 7))
+                pause = min(30.0, 0.25 * 2 ** min(peer.failures, 7))
                 self.counts["heal_failed"] += 1
                 self._say(f"heal{peer.worker}", "what %s holds is not known in full: %s", peer.worker, exc)
+            finally:
+                ended = time.monotonic()
+                peer.took = ended - began
+                peer.retry_at = ended + pause + REST * peer.took
+            if peer.took > HEAL_SECONDS:
+                return  # who is behind by now, and was quick, comes before the rest
 
     def _heal_from_stream(self, peer: Peer) -> bool:
         """From the last place that its batches told of. False if something is still missing."""
+        deadline = time.monotonic() + HEAL_SECONDS
         try:
             subject = self.subjects.events(peer.worker)
-            for kept in self._stream.read(subject, peer.after + 1, timeout=PAGE_SECONDS):
+            for kept in self._stream.read(subject, peer.after + 1, timeout=HEAL_SECONDS):
                 self._take(kept.subject, kept.data, live=False)
-                if not peer.gap:
-                    return True
+                if not peer.gap or time.monotonic() > deadline:
+                    break
         except NatsError as exc:
             self._say("stream", "the stream of events cannot be read, snapshots are asked for: %s", exc)
         with self._lock:
@@ -285,11 +293,17 @@ class Follower:
     def _heal_from_snapshot(self, peer: Peer) -> None:
         """Into a shadow in the index, which then takes the worker's name at once. Raises NatsError, EventError."""
         shadow = f"{peer.worker}~"
+
+        def ask(question: bytes, seconds: float) -> bytes:
+            if self._closed.is_set():
+                raise NatsUnavailableError("closed")
+            return self.nats.request(self.subjects.snapshot(peer.worker), question, seconds).data
+
         with self._lock:
             peer.freeze()
         sequence = None
         try:
-            sequence = self._read_snapshot(peer, shadow)
+            sequence = read_snapshot(ask, peer.worker, peer.epoch, self.index, shadow)
         finally:
             with self._lock:
                 alive = self._peers.known.get(peer.worker) is peer
@@ -299,37 +313,6 @@ class Follower:
                 events = peer.thaw(sequence)
                 if alive:
                     self._apply(peer, events)
-
-    def _read_snapshot(self, peer: Peer, shadow: str) -> int:
-        asker, page, total, sequence = secrets.token_hex(8), 0, 0, 0
-        deadline = time.monotonic() + SNAPSHOT_SECONDS
-        self.index.show(shadow, False)
-        while True:
-            got = self._ask_page(peer, SnapshotAsk(asker, peer.epoch, page))
-            if got.worker != peer.worker or got.page != page or got.epoch != peer.epoch or got.sequence == 0:
-                raise EventError(f"worker {peer.worker} has no such snapshot (any more)")
-            if page and got.sequence != sequence:
-                raise EventError(f"worker {peer.worker} changed its snapshot from {sequence} to {got.sequence}")
-            sequence = got.sequence
-            held = {entry.key: entry for entry in got.entries}
-            self.index.put(shadow, list(held), [e.tier for e in held.values()], [e.size for e in held.values()])
-            total += len(held)
-            if got.end:
-                return sequence
-            page += 1
-            endless = total > self.index.capacity or len(held) < LEAST_ENTRIES or time.monotonic() > deadline
-            if endless or self._closed.is_set():
-                raise EventError(f"the snapshot of worker {peer.worker} did not end at {total} entries")
-
-    def _ask_page(self, peer: Peer, ask: SnapshotAsk) -> SnapshotPage:
-        for attempt in range(PAGE_TRIES):
-            try:
-                answer = self.nats.request(self.subjects.snapshot(peer.worker), encode(ask), PAGE_SECONDS)
-                return decode(SnapshotPage, answer.data)
-            except (NatsError, EventError):
-                if attempt + 1 == PAGE_TRIES or not self.nats.connected or self._closed.is_set():
-                    raise
-        raise AssertionError("not reached")
 
     def _say(self, kind: str, text: str, *told: object) -> None:
         """Once of each kind, as far as a bounded memory of kinds goes."""

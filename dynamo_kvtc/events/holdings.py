@@ -1,20 +1,30 @@
-"""Everything that a worker holds, told in pages to whoever asks."""
+"""Everything that a worker holds, told in pages to whoever asks; and the asking."""
 
 from __future__ import annotations
 
 import itertools
+import secrets
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 
+from dynamo_kvtc.errors import EventError, NatsError
 from dynamo_kvtc.events.inbox import Message
+from dynamo_kvtc.events.index import Index
 from dynamo_kvtc.events.schema import Held, SnapshotAsk, SnapshotPage, WorkerUp, decode, encode, tier_number
 
 PAGE = 4096
 ASKERS = 16
 """Snapshots that go on at once; the one that was asked least recently ends."""
 IDLE_SECONDS = 60.0
+PAGE_SECONDS = 2.0
+PAGE_TRIES = 3
+LEAST_ENTRIES = 64
+"""Of a page that is not the last: nobody keeps us busy with crumbs."""
+SNAPSHOT_SECONDS, MOST_SECONDS = 5.0, 60.0
+PACE = 4096
+"""Entries that make a snapshot's time longer by a second: others wait meanwhile, so it may be large, but not slow."""
 
 Holdings = Callable[[], Iterable[tuple[bytes, str, int]]]
 """(key, tier, size in bytes) of all records. Called, and gone through, on another thread than the store's."""
@@ -67,3 +77,44 @@ class SnapshotServer:
         elif ask.page != reading.page:
             return encode(SnapshotPage(up.worker, up.epoch, ask.page, 0, True, []))
         return reading.last
+
+
+def read_snapshot(
+    ask: Callable[[bytes, float], bytes], worker: str, epoch: int, index: Index, name: str,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:  # fmt: skip
+    """What the worker holds, into the index under that name; how far its events are in it. ask: a question, and seconds
+    for its answer. Raises NatsError, EventError."""
+    asker, page, total, sequence, began = secrets.token_hex(8), 0, 0, 0, clock()
+    index.show(name, False)
+    while True:
+        deadline = began + min(SNAPSHOT_SECONDS + total / PACE, MOST_SECONDS)
+        got = _ask_page(ask, SnapshotAsk(asker, epoch, page), deadline, clock)
+        if got.worker != worker or got.page != page or got.epoch != epoch or got.sequence == 0:
+            raise EventError(f"worker {worker} has no such snapshot (any more)")
+        if page and got.sequence != sequence:
+            raise EventError(f"worker {worker} changed its snapshot from {sequence} to {got.sequence}")
+        sequence = got.sequence
+        held = {entry.key: entry for entry in got.entries}
+        index.put(name, list(held), [e.tier for e in held.values()], [e.size for e in held.values()])
+        total += len(held)
+        if got.end:
+            return sequence
+        page += 1
+        if total > index.capacity or len(held) < LEAST_ENTRIES:
+            raise EventError(f"the snapshot of worker {worker} did not end at {total} entries")
+
+
+def _ask_page(
+    ask: Callable[[bytes, float], bytes], question: SnapshotAsk, deadline: float, clock: Callable[[], float]
+) -> SnapshotPage:  # fmt: skip
+    for tries in range(1, PAGE_TRIES + 1):
+        seconds = min(PAGE_SECONDS, deadline - clock())
+        if seconds <= 0:
+            raise EventError(f"a snapshot comes too slowly, it was given up at page {question.page}")
+        try:
+            return decode(SnapshotPage, ask(encode(question), seconds))
+        except (NatsError, EventError):
+            if tries == PAGE_TRIES:
+                raise
+    raise AssertionError("not reached")

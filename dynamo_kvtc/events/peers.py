@@ -51,6 +51,7 @@ class Peer:
         self.behind_since: float | None = None
         self.seen_next = 0
         self.retry_at, self.failures = 0.0, 0
+        self.took = 0.0
         self.deadline = 0.0
         self.duplicates = 0
         self._room = room or Room()

@@ -390,6 +390,34 @@ def test_who_does_not_live_drops_out_while_another_is_slow(cluster):
         end.set()
 
 
+def test_a_slow_worker_is_left_alone_and_the_quick_come_first(cluster):
+    follower = cluster.follower()
+    follower._closed.set()
+    for thread in follower._threads:
+        thread.join(10)
+    follower._closed.clear()
+    peers = {name: follower._peers.of(name, 1)[0] for name in ("slow", "lost", "quick")}
+    healed = []
+
+    def heal(peer):
+        healed.append(peer.worker)
+        if peer.worker != "quick":
+            time.sleep(0.1)
+        if peer.worker == "lost":
+            raise NatsUnavailableError("as asked")
+
+    follower._heal_from_snapshot = heal
+    for failures in (1, 2):
+        for peer in peers.values():
+            peer.beat, peer.wants_snapshot, peer.behind_since, peer.retry_at = 1, True, 1.0, 0.0
+        began = time.monotonic()
+        follower._heal(began)
+        assert peers["slow"].retry_at >= began + 0.5
+        assert peers["lost"].retry_at >= began + 0.5 + 0.25 * 2**failures
+    assert healed[:3] == ["slow", "lost", "quick"]
+    assert healed[3] == "quick"
+
+
 def test_without_a_server_everything_waits_for_it(tmp_path):
     from tests.events.servers import Server
 
