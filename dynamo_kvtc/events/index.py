@@ -11,6 +11,7 @@ It says who was told to hold a record: whoever pulls must bear that it is gone.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -48,6 +49,7 @@ class Index:
         if budget_bytes < MIN_BYTES:
             raise ConfigError(f"the index's budget is {budget_bytes} bytes; it must be at least {MIN_BYTES}")
         self._buckets = budget_bytes // (WAYS * PLACE_BYTES)
+        self._secret = np.frombuffer(secrets.token_bytes(64), dtype=np.uint64).reshape(4, 2)
         self.capacity = self._buckets * WAYS
         # calloc: pages that were never written take no memory.
         self._first = np.zeros((self._buckets, WAYS), np.uint64)
@@ -235,8 +237,9 @@ class Index:
         return row[right], bucket[right], way[right]
 
     def _homes(self, words: U64) -> Ints:
-        """Two buckets a row. Keys are digests: any of their bits are as good as a hash."""
-        return (words[:, 1:3] % np.uint64(self._buckets)).astype(np.int64)
+        """Two buckets a row. Keys are digests, any of their bits as good as a hash; but others choose them: with a
+        secret in it nobody can choose many for the same two buckets, whose insertion takes quadratic time."""
+        return ((words @ self._secret >> np.uint64(32)) % np.uint64(self._buckets)).astype(np.int64)
 
     def _id(self, worker: str) -> int:
         number = self._ids.get(worker)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,6 +52,18 @@ class Model:
 
     def holders(self, key):
         return {Holder(w, TIERS[held[key][0]], held[key][1]) for w, held in self.held.items() if key in held}
+
+
+def test_nobody_can_choose_keys_for_the_same_places():
+    """Each would push out the one before, one after the other, under the index's lock."""
+    index, rng = Index(1 << 20), np.random.default_rng(case_seed())
+    for same in ((1, 2), (0, 3), (0, 1, 2)):
+        words = rng.integers(1 << 63, size=(4096, 4), dtype=np.uint64)
+        words[:, same] = np.array(same, np.uint64)
+        keys = [row.tobytes() for row in words]
+        index.put("w", keys, [1] * len(keys), [1] * len(keys))
+        assert index.entries_of("w") > 4000, "of keys that are all different, a table of 24,000 places keeps nearly all"
+        index.drop("w")
 
 
 @settings(max_examples=150, deadline=None)
