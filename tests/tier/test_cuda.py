@@ -173,6 +173,7 @@ def test_damage_is_found_at_the_promise_or_by_the_gpu(engine):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_store_lets_the_next_step_pass():
     x, stream = torch.randn(8192, 8192, device="cuda"), torch.cuda.Stream()
     torch.cuda.synchronize()
