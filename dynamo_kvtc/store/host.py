@@ -155,7 +155,8 @@ class HostStore(Store):
 
     def _put_some(self, sources: Sequence[tuple[bytes, memoryview]], spare: bool) -> list[bool]:
         """The first ones: those that there is room for, or if there is none for the first, that one alone."""
-        shelf, slots = self._shelf, list[int]()
+        shelf = self._shelf
+        slots: list[int] = []
         with self._lock:
             self._sweep()
             for key, source in sources:

@@ -54,7 +54,7 @@ class Work:
         m.count("kvtc_raw_bytes", len(blocks) * self.transcoder.raw_block_bytes, "in")
         m.count("kvtc_coded_bytes", sum(sizes), "in")
         m.count("kvtc_stored_blocks", sum(stored), "stored")
-        m.count("kvtc_stored_blocks", len(stored) - sum(stored), "no_room")
+        m.count("kvtc_stored_blocks", len(stored) - sum(stored), "no_room" if wanted() else "failed")
         for reason in ("policy", "nonfinite", "error_bound"):
             m.count("kvtc_exact_tokens", getattr(exact, reason), reason)
         return [block.key for block, yes in zip(blocks, stored, strict=True) if not yes]

@@ -130,7 +130,7 @@ class Scheduler:
         return loads, stores, preempted
 
     def reported(self) -> None:
-        """The worker has told of a step's loads."""
+        """The worker has told what became of a step's loads, and what of its stores it left out."""
         for rid in self._node.take_failed():
             state = self._states.get(rid)
             if state is not None:
