@@ -4,7 +4,8 @@ into them.
 A promise that is proven checks a record's checksums on the host and keeps its lease; the GPU checks them, again, while
 it decodes. What the engine had launched by a fence is waited for on a stream of this side's own, so no thread of the
 engine waits. Stores whose step is not over when their turn comes also let the next step go first, if the engine has
-launched it by the time their own is done: in it the last tokens of a long prompt are computed, for which somebody waits.
+launched it by the time their own is done: in it the last tokens of a long prompt are computed, for which somebody
+waits.
 """
 
 from __future__ import annotations
