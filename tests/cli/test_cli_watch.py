@@ -17,8 +17,9 @@ from dynamo_kvtc.events.options import EventOptions, NatsOptions
 from dynamo_kvtc.events.publisher import Publisher
 from dynamo_kvtc.events.schema import Beat, Subjects, WorkerStats, encode
 from tests.events.conftest import shared_server  # noqa: F401
-from tests.events.servers import free_port, until
+from tests.events.servers import free_port
 from tests.events.worker import who
+from tests.waiting import until
 
 
 @pytest.fixture

@@ -70,11 +70,3 @@ class Server:
 
     def stop(self) -> None:
         self.kill()
-
-
-def until(true, timeout: float = 10.0, told: str = "") -> None:
-    """Waits for it, with a deadline."""
-    deadline = time.monotonic() + timeout
-    while not true():
-        assert time.monotonic() < deadline, told or "it did not come in time"
-        time.sleep(0.005)

@@ -23,8 +23,8 @@ from dynamo_kvtc.events.nats import open_nats
 from dynamo_kvtc.events.options import EventOptions, NatsOptions
 from dynamo_kvtc.events.schema import Batch, Beat, BlocksCleared, BlockStored, WorkerStats, decode, encode
 from tests.builders import case_seed
-from tests.events.servers import until
 from tests.events.worker import Worker, who
+from tests.waiting import until
 
 FAST = EventOptions(heartbeat_ttl_seconds=1.0, linger_seconds=0.002, stream_mib=8)
 

@@ -24,10 +24,10 @@ from dynamo_kvtc.transfer.pull import Puller
 from dynamo_kvtc.transfer.serve import Server
 from tests.builders import case_seed
 from tests.events.servers import Server as NatsServer
-from tests.events.servers import until
 from tests.events.test_cluster import knows
 from tests.events.worker import Worker, who
 from tests.transfer.records import EXPECTED, PEERS, make_records, store_of, wanted_of
+from tests.waiting import until
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "nats"
 

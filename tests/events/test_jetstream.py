@@ -10,7 +10,8 @@ import pytest
 from dynamo_kvtc.errors import NatsRefusedError, NatsUnavailableError
 from dynamo_kvtc.events.jetstream import Bucket, Limits, Stream
 from tests.builders import case_seed
-from tests.events.servers import Server, until
+from tests.events.servers import Server
+from tests.waiting import until
 
 
 def test_a_stream_is_read_from_any_place_by_subject(shared_server, connect):

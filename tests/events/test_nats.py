@@ -19,7 +19,8 @@ from dynamo_kvtc.errors import (
 from dynamo_kvtc.events.nats import open_nats
 from dynamo_kvtc.events.options import DEGRADED, NatsOptions, parse_nats
 from tests.builders import case_seed
-from tests.events.servers import Server, free_port, until
+from tests.events.servers import Server, free_port
+from tests.waiting import until
 
 
 def test_messages_arrive_whole_and_in_order(shared_server, connect):

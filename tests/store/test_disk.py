@@ -11,7 +11,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -19,6 +18,7 @@ from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.store import disk_file
 from dynamo_kvtc.store.disk_file import DATA, INDEX, MARKER, MIN_BUDGET_BYTES, DataFile, used_bytes
 from tests.store.stores import MIB, disk, key_of, record_of, size_of
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -38,13 +38,6 @@ def stores(folder):
 def taken(store, number: int) -> bytes | None:
     lease = store.get(key_of(number))
     return None if lease is None else bytes(lease.record)
-
-
-def wait_for(what, seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("sizes", ["small", "usual", "large"])
@@ -252,7 +245,7 @@ def test_a_disk_that_cannot_be_written(stores, monkeypatch, what, number):
     assert taken(store, 2) is None
     used = stats.used_bytes
     monkeypatch.undo()
-    wait_for(lambda: store.put(key_of(9), b"x"))
+    until(lambda: store.put(key_of(9), b"x"))
     assert store.flush()
     assert store.stats().used_bytes <= used + 2 * 4096 + 65536, "no room was lost to the failures"
     assert store.close()
@@ -306,7 +299,7 @@ def test_a_read_that_hangs_is_given_up(stores, monkeypatch):
     assert store.stats().errors["read_timeout"] == 4
     assert store.remove(key_of(0))
     gate.set()
-    wait_for(lambda: not store._readers.stuck)
+    until(lambda: not store._readers.stuck)
     assert [taken(store, i) for i in range(4)] == [None, *(record_of(i, 5000) for i in range(1, 4))]
 
 

@@ -12,8 +12,8 @@ from dynamo_kvtc.events.options import EventOptions, NatsOptions
 from dynamo_kvtc.events.schema import WorkerUp, new_epoch
 from dynamo_kvtc.events.server import LocalServer
 from tests.builders import case_seed
-from tests.events.servers import until
 from tests.tier.parts import BLOCK_TOKENS, MIB_OF_GIB, Engine, load, store
+from tests.waiting import until
 
 FAST = EventOptions(heartbeat_ttl_seconds=1.0, stream_mib=8)
 

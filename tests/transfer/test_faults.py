@@ -8,10 +8,11 @@ import time
 import pytest
 
 from dynamo_kvtc.transfer.options import PullOptions, ServeOptions
-from tests.events.servers import Server, until
+from tests.events.servers import Server
 from tests.transfer.conftest import Field
 from tests.transfer.holders import KILL, PATIENT, STOP, Asker
 from tests.transfer.records import IDENTITY, wanted_of
+from tests.waiting import until
 
 
 def same(pull, records):
@@ -30,7 +31,7 @@ def test_pulls_from_two_processes(field):
     for _ in range(2):
         assert same(puller.pull(wanted_of(records, "a", "b"), 20), records) == 0
     assert not puller.stats().errors
-    assert all(holder.stats().leased_bytes == 0 for holder in field.holders.values())
+    until(lambda: all(holder.stats().leased_bytes == 0 for holder in field.holders.values()))
 
 
 @pytest.mark.parametrize("how", [KILL, STOP])

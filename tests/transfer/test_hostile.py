@@ -29,9 +29,9 @@ from dynamo_kvtc.transfer.plane import MAX_FRAME_BYTES
 from dynamo_kvtc.transfer.pull import Puller, Wanted
 from dynamo_kvtc.transfer.serve import Server
 from dynamo_kvtc.transfer.tcp import TcpOptions, TcpPlane
-from tests.events.servers import until
 from tests.transfer.holders import PATIENT
 from tests.transfer.records import EXPECTED, PEERS, make_record, make_records, store_of, wanted_of
+from tests.waiting import until
 
 
 @pytest.fixture

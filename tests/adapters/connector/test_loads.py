@@ -14,9 +14,9 @@ from dynamo_kvtc.adapters.connector.options import parse_connector
 from dynamo_kvtc.errors import NatsUnavailableError
 from tests.adapters.connector.servers import server
 from tests.builders import case_seed
-from tests.events.servers import until
 from tests.tier.parts import POISON, Answer, Engine, store
 from tests.tier.parts import load as load_whole
+from tests.waiting import until
 
 __all__ = ["server"]
 SECONDS = (20.0, 20.0)

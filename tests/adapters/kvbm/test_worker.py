@@ -18,6 +18,7 @@ from dynamo_kvtc.adapters.kvbm.worker import KvbmWorker
 from dynamo_kvtc.errors import ConfigError, EngineError, EngineProtocolError, EngineTimeoutError
 from tests.adapters.kvbm.played import encode_message, encode_transfer
 from tests.adapters.kvbm.raw_mover import RawMover
+from tests.waiting import until
 
 zmq = pytest.importorskip("zmq")
 
@@ -108,13 +109,6 @@ def setting(leader):
     for s in made:
         s.worker.shutdown()
     assert not [t for t in threading.enumerate() if t.name == "kvbm-worker"]
-
-
-def until(what) -> None:
-    end = time.monotonic() + WAIT_SECONDS
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_out_and_back(leader, setting):

@@ -43,10 +43,10 @@ def test_killed_while_it_writes(model, any_artifact, tmp_path):
     try:
         first = came_back = 0
         for life in range(KILLS + 1):
+            size = told.stat().st_size if told.exists() else 0
             lives.stdin.write(f"{first} {told} {CHECKS}\n")
             lives.stdin.flush()
             pid = int(lives.stdout.readline())
-            size = told.stat().st_size if told.exists() else 0
 
             def lines(name: str, since: int = size) -> int:
                 return told.read_bytes()[since:].count(b'{"%s": ' % name.encode()) if told.exists() else 0
@@ -66,7 +66,9 @@ def test_killed_while_it_writes(model, any_artifact, tmp_path):
             assert lives.stdout.readline() == "dead\n"
             pid = 0
             known = read(told)
-            checked = [line for line in known if "checked" in line][-1]
+            checks = [line for line in known if "checked" in line]
+            assert len(checks) == life + 1
+            checked = checks[-1]
             assert checked["lost"] == 0, "said to be on disk, and is not there"
             assert checked["missed"] == [], "flushed, and not found again"
             assert checked["wrong"] == []
