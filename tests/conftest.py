@@ -44,6 +44,8 @@ TINY_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "yarn": ("Llama", {"rope_parameters": YARN}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral-wide-window": ("Mistral", {"sliding_window": 4096}),
+    "mistral-window": ("Mistral", {"sliding_window": 24}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 24}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "cohere": ("Cohere", {}),

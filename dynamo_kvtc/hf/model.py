@@ -67,11 +67,13 @@ class Model:
         """Teacher-forces ``ids`` after a cache, without gradients. k and v are not changed.
 
         k, v: [L, H, T1, D] in engine form (T1 may be 0); ids: int64 [T2]; position: the absolute position of ids[0],
-        normally T1, more if tokens were evicted. ids attend to all of the cache and causally to themselves.
+        normally T1, more if tokens were evicted (not with sliding windows). ids attend to the cache and causally to
+        themselves.
         Returns float32 [T2, vocab], or [1, vocab] for the last token alone if last_only.
         Raises ConfigError for wrong shapes, dtypes or positions.
         """
         self.check_ids(ids, position)
+        self._check_place(k, position)
         with torch.no_grad():
             output = self.forward_after(self.cache_of(k, v), ids, position, last_only=last_only)
             return output.logits[0].float()
@@ -102,6 +104,7 @@ class Model:
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         self.check_ids(ids, position, extra=max_new_tokens - 1)
+        self._check_place(k, position)
         stops = set(self.end_ids if stop_ids is None else stop_ids)
         self._synchronize()
         started = time.perf_counter()
@@ -153,6 +156,14 @@ class Model:
             raise ConfigError(
                 f"{len(ids) + extra} tokens from position {position} end at {end}, but "
                 f"{self.identity.model_id} has positions 0 to {self.max_positions}; give fewer tokens"
+            )
+
+    def _check_place(self, k: Tensor, position: int) -> None:
+        """transformers counts a window in the tokens that the cache holds, not in positions."""
+        if getattr(self.module.config, "sliding_window", None) is not None and k.shape[2] != position:
+            raise ConfigError(
+                f"{k.shape[2]} tokens are cached, and the next is at position {position}: a model with sliding windows "
+                "must have all of them"
             )
 
     def cache_of(self, k: Tensor, v: Tensor) -> Any:

@@ -19,13 +19,14 @@ from dynamo_kvtc.ops.rope import remove_rope
 from dynamo_kvtc.types import KVShape, RopeSpec
 
 SUPPORTED = (
-    "supported are decoder-only models with RoPE and multi-head or grouped-query attention, full attention in every "
-    "layer: Llama, Mistral, Qwen2, Qwen2.5, Qwen3 and alike"
+    "supported are decoder-only models with RoPE, one for all layers, and multi-head or grouped-query attention, full "
+    "or in sliding windows: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma 2 and alike"
 )
 # RoPE whose angles depend on the length of the sequence: a cached key has no single inverse.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# A layer that attends within a window has the same K and V of every token; the engine only forgets them sooner.
+CODED_LAYERS = ("full_attention", "sliding_attention")
 LAYER_KINDS = {
-    "sliding_attention": "sliding-window attention",
     "chunked_attention": "chunked attention",
     "linear_attention": "linear attention",
     "indexed_attention": "sparse attention with an indexer",
@@ -65,7 +66,7 @@ def check_config(config: Any) -> None:
         raise refuse(f"{name} uses multi-head latent attention (kv_lora_rank is {config.kv_lora_rank})")
     if getattr(config, "alibi", False):
         raise refuse(f"{name} uses ALiBi instead of RoPE")
-    _check_windows(config, name)
+    _check_layers(config, name)
     _check_rope_type(config, name)
 
 
@@ -77,20 +78,10 @@ def max_positions_of(config: Any) -> int:
     return most
 
 
-def _check_windows(config: Any, name: str) -> None:
-    window = getattr(config, "sliding_window", None)
-    most = getattr(config, "max_position_embeddings", None)
-    # A window that no sequence can outgrow is full attention.
-    cuts = window is not None and (most is None or window < most)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        if cuts and getattr(config, "use_sliding_window", True):
-            raise refuse(f"{name} has sliding-window attention ({window} of {most} positions)")
-        return
-    for layer, kind in enumerate(kinds):
-        if kind == "full_attention" or (kind == "sliding_attention" and window is not None and not cuts):
-            continue
-        raise refuse(f"{name} has {LAYER_KINDS.get(kind, f'a layer of type {kind!r}')} in layer {layer}")
+def _check_layers(config: Any, name: str) -> None:
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in CODED_LAYERS:
+            raise refuse(f"{name} has {LAYER_KINDS.get(kind, f'a layer of type {kind!r}')} in layer {layer}")
 
 
 def _check_rope_type(config: Any, name: str) -> None:
@@ -223,7 +214,7 @@ def _probe(module: Any, ids: Tensor, positions: Tensor) -> tuple[list[Tensor], K
     if not layers:
         raise refuse(f"{type(module).__name__} keeps no key-value cache (it is a state-space or recurrent model)")
     cache_utils = transformers().cache_utils
-    allowed = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)  # check_config judged the windows
+    allowed = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)
     for index, layer in enumerate(layers):
         if type(layer) not in allowed or not isinstance(layer.keys, Tensor) or not isinstance(layer.values, Tensor):
             raise refuse(f"layer {index} caches with {type(layer).__name__}, not plain keys and values")

@@ -28,9 +28,9 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no safetensors files: set weights"):
         checkpoint_digest(tmp_path, "bfloat16")
     module = build_tiny_module("mistral")
-    module.config.sliding_window = 64
+    module.config.layer_types = ["chunked_attention"] * module.config.num_hidden_layers
     module.config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="sliding-window"):
+    with pytest.raises(UnsupportedModelError, match="chunked attention in layer 0"):
         read_config(str(tmp_path))
     assert folder_of("nobody/nothing-at-all") is None
     with pytest.raises(ConfigError, match="fp8"):

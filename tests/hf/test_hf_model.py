@@ -9,6 +9,7 @@ from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.hf.model import weights_digest, wrap_model
 
 KINDS = ["llama", "llama-mha", "llama-head-dim", "llama3", "yarn", "mistral", "mistral-wide-window", "qwen2", "qwen3"]
+WINDOWS = ["mistral-window", "gemma2"]  # of 24 tokens, in all layers and in every other one
 OTHER_ROPE = ["cohere", "glm"]  # interleaved pairs; glm turns half of the head's dims
 
 
@@ -16,7 +17,7 @@ def random_ids(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=KINDS + OTHER_ROPE)
+@pytest.fixture(params=KINDS + WINDOWS + OTHER_ROPE)
 def model(request, tiny_module):
     return wrap_model(tiny_module(request.param), None, request.param)
 
@@ -28,8 +29,10 @@ def test_prefill_and_logits_equal_a_full_forward_pass(model):
     k, v = model.prefill(ids[:31], chunk_tokens=7)
     assert k.shape == v.shape == (3, model.shape.kv_heads, 31, model.shape.head_dim)
     for layer, entry in enumerate(expected.past_key_values.layers):
-        torch.testing.assert_close(k[layer], entry.keys[0, :, :31], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(v[layer], entry.values[0, :, :31], rtol=1e-4, atol=1e-5)
+        # Its own cache forgets what has left a window.
+        first = 50 - entry.keys.shape[2]
+        torch.testing.assert_close(k[layer][:, first:], entry.keys[0, :, : 31 - first], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(v[layer][:, first:], entry.values[0, :, : 31 - first], rtol=1e-4, atol=1e-5)
     before = k.clone(), v.clone()
     logits = model.logits(k, v, ids[31:], 31)
     assert logits.dtype == torch.float32
@@ -60,6 +63,15 @@ def test_logits_after_evicted_tokens_equal_a_masked_forward_pass(tiny_llama):
     torch.testing.assert_close(logits, masked, rtol=1e-4, atol=1e-4)
     shifted = tiny_llama.logits(k[:, :, kept], v[:, :, kept], ids[30:], position=14)
     assert not torch.allclose(logits, shifted, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_a_window_is_counted_in_what_the_cache_holds_so_nothing_may_be_missing(kind, tiny_module):
+    model = wrap_model(tiny_module(kind), None, kind)
+    k, v = model.prefill(random_ids(30))
+    for call in (model.logits, lambda *what: model.generate(*what, 1)):
+        with pytest.raises(ConfigError, match="30 tokens are cached, and the next is at position 31"):
+            call(k, v, random_ids(2), 31)
 
 
 def test_generate_equals_the_librarys_greedy_decoding(model):
