@@ -81,9 +81,10 @@ def pages_of(cache: PagedCache) -> Pages:
     for stride in (block, head, token):
         while alignment > 1 and stride % alignment:
             alignment //= 2
+    table = cache.table
     return Pages(
         cache.addresses, cache.dtype, cache.heads, cache.head_dim, cache.tokens_per_block, block, head, token,
-        max(alignment, 1),
+        max(alignment, 1), None if table is None else table.pages, None if table is None else table.group_of,
     )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ class Case:
     """Tokens in a paged cache of a random layout, and the same as the CPU's codec takes them."""
 
     def __init__(self, device, shape, tokens, seed, groups=None, lanes=1, gaps=False, block_tokens=16, point="coarse",
-                 limits=LIMITS, policy=None, components=20):  # fmt: skip
+                 limits=LIMITS, policy=None, components=20, grouped=False):  # fmt: skip
+        """grouped: every other layer is of a second group, with pages of its own in the memory of the layer before."""
         self.generator = np.random.default_rng(seed)
         self.artifact = make_artifact(shape, groups=groups, seed=seed, lanes=lanes, components=components)[2]
         self.positions = gapped_positions(tokens, seed) if gaps else torch.arange(tokens) + int(gaps is None) * 1000
@@ -34,24 +35,39 @@ class Case:
         self.block_tokens = block_tokens
         self.page_tokens = 8
         self.pages = -(-tokens // self.page_tokens) + 2
-        order = torch.from_numpy(self.generator.permutation(self.pages))
-        slots = order[:, None] * self.page_tokens + torch.arange(self.page_tokens)
-        self.slots = slots.flatten()[:tokens].clone()
+        self.group_of = [layer % 2 if grouped else 0 for layer in range(shape.layers)]
+        order = torch.from_numpy(self.generator.permutation(self.pages * (1 + grouped))).view(-1, self.pages)
+        self.orders = order[[0, -1]]
+        slots = self.orders[..., None] * self.page_tokens + torch.arange(self.page_tokens)
+        # Of each group; a token goes by its slot in the first.
+        self.group_slots = slots.flatten(1)[:, :tokens].clone()
+        self.slots = self.group_slots[0]
         self.cache = self.empty()
-        for k_view, v_view, k, v in zip(self.cache.k, self.cache.v, self.k, self.v, strict=True):
-            for view, x in ((k_view, k), (v_view, v)):
-                view[self.slots // self.page_tokens, :, self.slots % self.page_tokens] = x.transpose(0, 1).to(device)
+        for layer, kv in enumerate(zip(self.k, self.v, strict=True)):
+            for view, x in zip((self.cache.k[layer], self.cache.v[layer]), kv, strict=True):
+                view[self.at(layer)] = x.transpose(0, 1).to(device)
         self.codec = PagedCodec(self.artifact, point, self.cache, policy, limits)
         self.reference = BlockCodec(self.artifact, point, policy)
 
     def empty(self):
         s = self.artifact.shape
-        views = [
-            torch.full((self.pages, s.kv_heads, self.page_tokens, 2 * s.head_dim), POISON, dtype=s.torch_dtype,
-                       device=self.device)
+        grouped = any(self.group_of)
+        memory = [
+            torch.full((self.pages * (1 + grouped), s.kv_heads, self.page_tokens, 2 * s.head_dim), POISON,
+                       dtype=s.torch_dtype, device=self.device)
             for _ in range(s.layers)
         ]  # fmt: skip
-        return PagedCache.of([x[..., : s.head_dim] for x in views], [x[..., s.head_dim :] for x in views])
+        views = [memory[layer // (1 + grouped)] for layer in range(s.layers)]
+        cache = PagedCache.of([x[..., : s.head_dim] for x in views], [x[..., s.head_dim :] for x in views],
+                              self.group_of)  # fmt: skip
+        if cache.table is not None:
+            cache.table.put(self.orders[0].tolist(), [[page] for page in self.orders[1].tolist()])
+        return cache
+
+    def at(self, layer):
+        """Of a layer's K or V, where the case's tokens are."""
+        slots = self.group_slots[self.group_of[layer]]
+        return slots // self.page_tokens, slice(None), slots % self.page_tokens
 
     def blocks(self, exact=None):
         return Blocks.uniform(self.slots, self.positions, self.block_tokens, exact)
@@ -67,8 +83,10 @@ class Case:
 
     def contents(self, cache):
         """K and V [L, H, T, D] of the case's tokens."""
-        at = (self.slots // self.page_tokens, slice(None), self.slots % self.page_tokens)
-        return [torch.stack([x[at].transpose(0, 1).cpu() for x in views]) for views in (cache.k, cache.v)]
+        return [
+            torch.stack([x[self.at(layer)].transpose(0, 1).cpu() for layer, x in enumerate(views)])
+            for views in (cache.k, cache.v)
+        ]
 
 
 SHAPES = [
@@ -112,6 +130,39 @@ def test_records_are_the_cpus_and_each_reads_the_others(kernel_device, shape, to
     for view in (*target.k, *target.v):
         flat = view.transpose(1, 2).reshape(len(untouched), -1)
         assert bool((flat[untouched.to(flat.device)] == POISON).all())
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"), [(KVShape(3, 2, 64, "bfloat16"), ((0, 2), (2, 3))), (KVShape(2, 3, 96, "float16"), None)]
+)
+def test_layers_of_two_groups_have_pages_of_their_own(kernel_device, shape, groups):
+    """The second block has no page in the second group any more, as one that has left a window: its other layers come
+    back, and nothing else is written."""
+    case = Case(kernel_device, shape, 24, case_seed(), groups, block_tokens=8, grouped=True, gaps=None)
+    exact = torch.arange(24) % 5 == 0
+    arena, encoded = case.encode(exact)
+    theirs = [b.record for b in case.reference.encode_blocks(case.k, case.v, case.positions, exact, block_tokens=8)]
+    assert encoded.records() == theirs
+
+    target = case.empty()
+    lost = case.orders[1][1]
+    target.table.put([int(case.orders[0][1])], [[-1]])
+    codec = PagedCodec(case.artifact, case.point, target, limits=LIMITS)
+    assert codec.decode(arena, encoded.offsets, encoded.sizes, case.blocks()).finish().tolist() == [0] * 3
+    k, v, _ = case.reference.decode_blocks(theirs)
+    second = torch.arange(24) // 8 == 1
+    for found, wanted, views in zip(case.contents(target), (k, v), (target.k, target.v), strict=True):
+        scale, tolerance = float(wanted.float().abs().max()), {"bfloat16": 2.0**-7, "float16": 2.0**-9}[shape.dtype]
+        for layer in range(shape.layers):
+            here = ~second if layer % 2 else torch.ones_like(second)
+            torch.testing.assert_close(
+                found[layer][:, here].float(), wanted[layer][:, here].float(), rtol=tolerance, atol=1e-3 * scale
+            )
+            assert same_bits(found[layer][:, here & exact], wanted[layer][:, here & exact])
+            assert not layer % 2 or bool((views[layer][lost] == POISON).all())
+    used = case.orders[:, :3].flatten().tolist()
+    rest = [page for page in range(target.blocks) if page not in used]
+    assert all(bool((view[rest] == POISON).all()) for view in (*target.k, *target.v))
 
 
 @pytest.mark.parametrize("by_group", [True, False])

@@ -13,6 +13,37 @@ from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.types import DTYPES
 
 
+class PageTable:
+    """Where blocks lie in a cache whose layers are of several groups, each with pages of its own (hybrid attention).
+
+    A block goes by its page in the first group. group_of: int32 [L], each layer's group; pages: int64 [G, B], a block's
+    page in each group, -1 for none: what a layer lacks reads as a saturated token and is never written. Both are on the
+    cache's device.
+    """
+
+    def __init__(self, group_of: Sequence[int], blocks: int, device: torch.device) -> None:
+        """Until ``put`` says otherwise a block has the same page in all groups."""
+        self.groups = max(group_of) + 1
+        self.group_of = torch.tensor(list(group_of), dtype=torch.int32, device=device)
+        self.pages = torch.arange(blocks, device=device).repeat(self.groups, 1)
+
+    def put(self, blocks: Sequence[int], others: Sequence[Sequence[int]]) -> None:
+        """On the current stream. blocks: n, each once; others: n times its pages in groups 1 and on, -1 for none.
+
+        Raises ConfigError for pages that the cache does not have.
+        """
+        count = self.pages.shape[1]
+        told = torch.tensor([[block, *rest] for block, rest in zip(blocks, others, strict=True)], dtype=torch.int64)
+        if told.shape != (len(blocks), self.groups) or not len(blocks):
+            raise ConfigError(f"{len(blocks)} blocks with {len(told[0]) if len(told) else 0} pages each; the cache has "
+                              f"{self.groups} groups")  # fmt: skip
+        least = torch.tensor([0] + [-1] * (self.groups - 1))
+        if bool((told < least).any()) or bool((told >= count).any()):
+            raise ConfigError(f"pages run from {int(told.min())} to {int(told.max())}; the cache has {count}")
+        told = told.T.to(self.pages.device)
+        self.pages[:, told[0]] = told
+
+
 @dataclass(frozen=True)
 class PagedCache:
     """One rank's cache. Build it with ``PagedCache.of``.
@@ -21,16 +52,18 @@ class PagedCache:
         kept alive as long as this is.
     addresses: int64 [L, 2], where each layer's K and V start, on the cache's device.
     alignment: bytes that divide every address, 16 at most.
+    table: where blocks lie if layers are of several groups; None: a block has one page, in every layer.
     """
 
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
     addresses: Tensor
     alignment: int
+    table: PageTable | None = None
 
     @classmethod
-    def of(cls, k_views: Sequence[Tensor], v_views: Sequence[Tensor]) -> PagedCache:
-        """Views of the engine's own tensors; nothing is copied.
+    def of(cls, k_views: Sequence[Tensor], v_views: Sequence[Tensor], group_of: Sequence[int] = ()) -> PagedCache:
+        """Views of the engine's own tensors; nothing is copied. group_of: each layer's group, if there are several.
 
         Raises ConfigError, naming the layer, unless all are bfloat16, float16 or float32 of one dtype, device, shape
         and strides, the last stride is 1 and no two elements of a view share memory.
@@ -48,12 +81,15 @@ class PagedCache:
                 if _kind(view) != _kind(first):
                     raise ConfigError(f"layer {layer}: {name} is {_told(view)}; K of layer 0 is {_told(first)}")
         _check_strides(first)
+        if group_of and len(group_of) != len(k_views):
+            raise ConfigError(f"{len(group_of)} layers have a group; the cache has {len(k_views)} layers")
         bases = [[k.data_ptr(), v.data_ptr()] for k, v in zip(k_views, v_views, strict=True)]
         return cls(
             k=tuple(k_views),
             v=tuple(v_views),
             addresses=torch.tensor(bases, dtype=torch.int64, device=first.device),
             alignment=math.gcd(16, *(base for pair in bases for base in pair)),
+            table=PageTable(group_of, first.shape[0], first.device) if any(group_of) else None,
         )
 
     @property

@@ -38,11 +38,11 @@ def scatter_rows(
     # A value next to the dtype's largest must not come back as infinity.
     top = torch.finfo(cache.dtype).max
     parts = rows.clamp(-top, top).to(cache.dtype).unflatten(1, (2, layers[1] - layers[0], cache.heads, cache.head_dim))
-    kept = (keep != 0) & _there(cache, slots)
-    block, offset = _place(cache, slots[kept])
-    for part, views in enumerate((cache.k, cache.v)):
-        for index, view in enumerate(views[slice(*layers)]):
-            view[block, :, offset] = parts[kept, part, index]
+    for index, layer in enumerate(range(*layers)):
+        there, block, offset = _place(cache, slots, layer)
+        kept = (keep != 0) & there
+        for part, views in enumerate((cache.k, cache.v)):
+            views[layer][block[kept], :, offset[kept]] = parts[kept, part, index]
 
 
 def move_exact(
@@ -59,33 +59,32 @@ def _move_exact(
     buffer: Tensor, to_pages: bool,
 ) -> None:  # fmt: skip
     size = cache.head_dim * cache.dtype.itemsize
-    rows = zip(slots.tolist(), base.tolist(), index.tolist(), count.tolist(), strict=True)
-    for slot, start, place, of in rows:
-        there = 0 <= slot < cache.slots
-        if to_pages and not there:
-            continue
-        block, offset = divmod(slot if there else 0, cache.tokens_per_block)
-        piece = start + place * size
-        for k, v in zip(cache.k[slice(*layers)], cache.v[slice(*layers)], strict=True):
+    for number, layer in enumerate(range(*layers)):
+        places = (x.tolist() for x in _place(cache, slots, layer))
+        rows = zip(*places, base.tolist(), index.tolist(), count.tolist(), strict=True)
+        for there, block, offset, start, place, of in rows:
+            piece = start + (number * 2 * cache.heads * of + place) * size
             for head in range(cache.heads):
-                for view in (k, v):
+                for view in (cache.k[layer], cache.v[layer]):
                     values = view[block, head, offset].view(torch.uint8)
                     if 0 <= piece <= buffer.numel() - size and piece % 2 == 0:
-                        if to_pages:
-                            values.copy_(buffer[piece : piece + size])
-                        else:
+                        if not to_pages:
                             buffer[piece : piece + size] = values if there else 0
+                        elif there:
+                            values.copy_(buffer[piece : piece + size])
                     piece += of * size
 
 
 def _read_rows(cache: PagedCache, layers: tuple[int, int], slots: Tensor) -> Tensor:
     """float32 [T, P]; NaN where there is no such slot."""
-    there = _there(cache, slots)
-    block, offset = _place(cache, torch.where(there, slots, 0))
-    parts = [view[block, :, offset].float() for views in (cache.k, cache.v) for view in views[slice(*layers)]]
-    rows = torch.stack(parts, dim=1).flatten(1)
-    rows[~there] = float("nan")
-    return rows
+    places = {layer: _place(cache, slots, layer) for layer in range(*layers)}
+    parts = []
+    for views in (cache.k, cache.v):
+        for layer, (there, block, offset) in places.items():
+            part = views[layer][block, :, offset].float()
+            part[~there] = float("nan")
+            parts.append(part)
+    return torch.stack(parts, dim=1).flatten(1)
 
 
 def _turn_keys(rows: Tensor, dim: int, cos: Tensor, sin: Tensor, rope: RopeSpec, gain: float) -> None:
@@ -102,9 +101,12 @@ def _turn_keys(rows: Tensor, dim: int, cos: Tensor, sin: Tensor, rope: RopeSpec,
     keys[..., second] = (b * cos + a * sin) * gain
 
 
-def _there(cache: PagedCache, slots: Tensor) -> Tensor:
-    return (slots >= 0) & (slots < cache.slots)
-
-
-def _place(cache: PagedCache, slots: Tensor) -> tuple[Tensor, Tensor]:
-    return slots // cache.tokens_per_block, slots % cache.tokens_per_block
+def _place(cache: PagedCache, slots: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether each slot is there in that layer, its page (0 if it is not) and its place within."""
+    there = (slots >= 0) & (slots < cache.slots)
+    slots = torch.where(there, slots, 0)
+    page = slots // cache.tokens_per_block
+    if cache.table is not None:
+        page = cache.table.pages[cache.table.group_of[layer], page]
+        there &= page >= 0
+    return there, torch.where(there, page, 0), slots % cache.tokens_per_block

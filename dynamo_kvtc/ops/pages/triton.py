@@ -66,8 +66,17 @@ def _pages(address, KIND: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _token_offsets(slot, N: tl.constexpr, stride_block, stride_token):
-    return (slot // N) * stride_block + (slot % N) * stride_token
+def _token_offsets(slot, there, table, group_of, layer, room, stride_block, stride_token, N: tl.constexpr,
+                   TABLED: tl.constexpr):  # fmt: skip
+    """Where tokens lie in a layer's pages, and which of them do; a table says it where layers are of several groups."""
+    slot = tl.where(there, slot, 0)
+    page = slot // N
+    if TABLED:
+        row = tl.load(group_of + layer).to(tl.int64) * (room // N)
+        page = tl.load(table + row + page, mask=there, other=-1)
+        there = there & (page >= 0)
+        page = tl.where(there, page, 0)
+    return page * stride_block + (slot % N) * stride_token, there
 
 
 @triton.jit
@@ -148,10 +157,11 @@ def _gather_part(
 @triton.jit(do_not_specialize=["tokens", "room", "first_layer"])
 def _gather_fixed(
     addresses, slots, cos, sin, mean, gain, wide_slot, wide_heads, low, high, energy, saturated,
+    table, group_of,
     tokens, room, first_layer, layers, wide, ld_low, ld_high, stride_block, stride_head, stride_token, scale,
-    N: tl.constexpr, ALL_HEADS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    N: tl.constexpr, TABLED: tl.constexpr, ALL_HEADS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first_head = tl.program_id(1) % (ALL_HEADS // HEADS) * HEADS
     layer = tl.program_id(1) // (ALL_HEADS // HEADS)
@@ -160,7 +170,9 @@ def _gather_fixed(
     in_t = t < tokens
     slot = tl.load(slots + t, mask=in_t, other=-1)
     there = (slot >= 0) & (slot < room)
-    token_at = _token_offsets(tl.where(there, slot, 0), N, stride_block, stride_token)
+    token_at, there = _token_offsets(
+        slot, there, table, group_of, first_layer + layer, room, stride_block, stride_token, N, TABLED
+    )
     pages = _pages(tl.load(addresses + (first_layer + layer) * 2 + part), KIND, ALIGN)
     layer_channel = (part * layers + layer) * (ALL_HEADS * D)
     # One branch around all of it: the two programs differ in registers and loads, and neither waits for the other.
@@ -180,10 +192,11 @@ def _gather_fixed(
 
 @triton.jit(do_not_specialize=["tokens", "room", "first_layer"])
 def _scatter_rows(
-    addresses, slots, rows, cos, sin, keep,
+    addresses, slots, rows, cos, sin, keep, table, group_of,
     tokens, room, first_layer, layers, ld_rows, stride_block, stride_head, stride_token, scale,
-    N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    KIND: tl.constexpr, TOP: tl.constexpr, ALIGN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    N: tl.constexpr, TABLED: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, KIND: tl.constexpr, TOP: tl.constexpr, ALIGN: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1) % HEADS
     layer = tl.program_id(1) // HEADS
@@ -191,7 +204,9 @@ def _scatter_rows(
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     slot = tl.load(slots + t, mask=t < tokens, other=-1)
     written = (slot >= 0) & (slot < room) & (tl.load(keep + t, mask=t < tokens, other=0) != 0)
-    token_at = _token_offsets(tl.where(written, slot, 0), N, stride_block, stride_token)
+    token_at, written = _token_offsets(
+        slot, written, table, group_of, first_layer + layer, room, stride_block, stride_token, N, TABLED
+    )
     pages = _pages(tl.load(addresses + (first_layer + layer) * 2 + part), KIND, ALIGN)
     d = tl.arange(0, BLOCK_D)
     mask = written[:, None] & (d < D)[None, :]
@@ -211,10 +226,10 @@ def _scatter_rows(
 
 @triton.jit(do_not_specialize=["tokens", "room", "size", "first_layer"], do_not_specialize_on_alignment=["base"])
 def _move_exact(
-    addresses, slots, base, index, count, buffer, groups,
+    addresses, slots, base, index, count, buffer, groups, table, group_of,
     tokens, room, size, first_layer, stride_block, stride_head, stride_token,
-    N: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr, UNITS_PER_VALUE: tl.constexpr, TO_PAGES: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
+    N: tl.constexpr, TABLED: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr, UNITS_PER_VALUE: tl.constexpr,
+    TO_PAGES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """One exact token of one layer: rows of D values, head by head K and V, in units of 2 bytes, as sections lie at
     any even byte. groups: of each layer its layer group, and its number among that one's layers."""
@@ -222,7 +237,9 @@ def _move_exact(
     layer = tl.program_id(1)
     slot = tl.load(slots + x)
     there = (slot >= 0) & (slot < room)
-    token_at = _token_offsets(tl.where(there, slot, 0), N, stride_block, stride_token)
+    token_at, there = _token_offsets(
+        slot, there, table, group_of, first_layer + layer, room, stride_block, stride_token, N, TABLED
+    )
     row = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_rows = row < 2 * HEADS
     starts = addresses + (first_layer + layer) * 2
@@ -259,11 +276,12 @@ def gather_fixed(
     with torch.cuda.device_of(cache.addresses):
         _gather_fixed[grid](
             cache.addresses, slots, cos, sin, inputs.mean, inputs.gain, inputs.wide_slot, inputs.wide_heads,
-            out.low, out.high, out.energy, out.saturated,
+            out.low, out.high, out.energy, out.saturated, *_table_of(cache),
             tokens, cache.slots, layers[0], count, inputs.wide, out.low.stride(0), out.high.stride(0), *cache.strides,
             1.0 / rope.attention_scaling,
-            N=cache.tokens_per_block, ALL_HEADS=cache.heads, HEADS=heads, D=cache.head_dim, PAIRS=cos.shape[1],
-            INTERLEAVED=rope.style == "interleaved", SCALED=rope.attention_scaling != 1.0, KIND=_KINDS[cache.dtype],
+            N=cache.tokens_per_block, TABLED=cache.table is not None, ALL_HEADS=cache.heads, HEADS=heads,
+            D=cache.head_dim, PAIRS=cos.shape[1], INTERLEAVED=rope.style == "interleaved",
+            SCALED=rope.attention_scaling != 1.0, KIND=_KINDS[cache.dtype],
             ALIGN=cache.alignment, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -279,10 +297,11 @@ def scatter_rows(
     block_t = max(1, _TILE // block_d)
     with torch.cuda.device_of(cache.addresses):
         _scatter_rows[(triton.cdiv(tokens, block_t), count * cache.heads, 2)](
-            cache.addresses, slots, rows, cos, sin, keep,
+            cache.addresses, slots, rows, cos, sin, keep, *_table_of(cache),
             tokens, cache.slots, layers[0], count, rows.stride(0), *cache.strides, rope.attention_scaling,
-            N=cache.tokens_per_block, HEADS=cache.heads, D=cache.head_dim, PAIRS=cos.shape[1],
-            INTERLEAVED=rope.style == "interleaved", KIND=_KINDS[cache.dtype], TOP=torch.finfo(cache.dtype).max,
+            N=cache.tokens_per_block, TABLED=cache.table is not None, HEADS=cache.heads, D=cache.head_dim,
+            PAIRS=cos.shape[1], INTERLEAVED=rope.style == "interleaved", KIND=_KINDS[cache.dtype],
+            TOP=torch.finfo(cache.dtype).max,
             ALIGN=cache.alignment, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -301,10 +320,16 @@ def move_exact(
         first = groups[0][0]
         _move_exact[(slots.shape[0], groups[-1][1] - first, triton.cdiv(2 * cache.heads, block_r))](
             cache.addresses, slots, base, index, count, buffer, _groups_of(tuple(groups), cache.device),
-            slots.shape[0], cache.slots, buffer.numel(), first, *cache.strides,
-            N=cache.tokens_per_block, HEADS=cache.heads, UNITS=units, UNITS_PER_VALUE=per_value, TO_PAGES=to_pages,
-            BLOCK_R=block_r, BLOCK_U=block_u, num_warps=_WARPS,
+            *_table_of(cache), slots.shape[0], cache.slots, buffer.numel(), first, *cache.strides,
+            N=cache.tokens_per_block, TABLED=cache.table is not None, HEADS=cache.heads, UNITS=units,
+            UNITS_PER_VALUE=per_value, TO_PAGES=to_pages, BLOCK_R=block_r, BLOCK_U=block_u, num_warps=_WARPS,
         )  # fmt: skip
+
+
+def _table_of(cache: PagedCache) -> tuple[Tensor, Tensor]:
+    """The table's pages and groups; without one, what is not looked at."""
+    table = cache.table
+    return (cache.addresses, cache.addresses) if table is None else (table.pages, table.group_of)
 
 
 @lru_cache(maxsize=256)

@@ -183,7 +183,8 @@ class Synthesis:
 class Pages:
     """Where a cache's pages are: addresses int64 [L, 2] (bytes, K and V of each layer), strides in elements.
 
-    alignment: elements that divide every address and stride; a power of two, at most 16 bytes.
+    alignment: elements that divide every address and stride; a power of two, at most 16 bytes. table, group_of: of a
+    cache whose layers are of several groups, ``ops.pages.cache.PageTable``.
     """
 
     addresses: Tensor
@@ -195,6 +196,8 @@ class Pages:
     stride_head: int
     stride_token: int
     alignment: int = 1
+    table: Tensor | None = None
+    group_of: Tensor | None = None
 
 
 def head_columns(head_dim: int, pairs: int, interleaved: bool) -> Tensor:

@@ -269,8 +269,9 @@ def here(like: Tensor) -> bool:
 
 
 def fits(basis: Synthesis, pages: Pages, pairs: int) -> bool:
-    """Whether ``synthesise`` can do it: RoPE on whole heads, halves apart, pages in 16-byte pieces; and has done it."""
-    plain = pages.head_dim == basis.head == 2 * pairs and not basis.interleaved
+    """Whether ``synthesise`` can do it: RoPE on whole heads, halves apart, pages in 16-byte pieces, the same in every
+    layer; and has done it."""
+    plain = pages.table is None and pages.head_dim == basis.head == 2 * pairs and not basis.interleaved
     proven = (basis.head, pages.dtype) in PROVEN
     return here(basis.narrow) and plain and proven and pages.alignment * pages.dtype.itemsize >= 16
 

@@ -142,7 +142,8 @@ def _synthesise(narrow, wide, b_narrow, b_wide, tokens, channels, k_narrow, k_wi
                 layers, heads, first_head, block_tokens, stride_block, stride_head, stride_token, programs,
                 D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, scaling, top,
                 ROWS: tl.constexpr, RUN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                GROUP: tl.constexpr, ALIGN: tl.constexpr, ITEM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+                GROUP: tl.constexpr, ALIGN: tl.constexpr, ITEM: tl.constexpr, DTYPE: tl.constexpr, table, group_of,
+                blocks, TABLED: tl.constexpr):  # fmt: skip
     """Channels of whole heads from levels, RoPE applied, into the pages. A tile is ROWS heads of BN / ROWS columns.
 
     Even columns of a head are dims of the first halves, odd ones of the second halves (``head_columns``): the two dims
@@ -173,7 +174,8 @@ def _synthesise(narrow, wide, b_narrow, b_wide, tokens, channels, k_narrow, k_wi
             first = _in_order(first, BM, BN // 2, RUN)
             second = _in_order(second, BM, BN // 2, RUN)
         written = here & (slot >= 0)
-        place = tl.where(written, slot // block_tokens * stride_block + slot % block_tokens * stride_token, 0)
+        block = tl.where(written, slot // block_tokens, 0)
+        within_block = tl.where(written, slot % block_tokens * stride_token, 0)
         # A tile of one head has one base address, so its stores are plainly contiguous.
         if ROWS == 1:
             i = tl.arange(0, BN // 2)
@@ -210,16 +212,29 @@ def _synthesise(narrow, wide, b_narrow, b_wide, tokens, channels, k_narrow, k_wi
         x = tl.minimum(tl.maximum(x, -top), top).to(DTYPE)
         y = tl.minimum(tl.maximum(y, -top), top).to(DTYPE)
         # Base addresses are bytes, strides elements.
-        which = (first_layer + within // heads) * 2 + tl.where(is_k, 0, 1)
+        layer = first_layer + within // heads
+        which = layer * 2 + tl.where(is_k, 0, 1)
+        stored = written[:, None] & real[None, :]
         if ROWS == 1:
+            if TABLED:
+                block = tl.load(table + tl.load(group_of + layer).to(tl.int64) * blocks + block, mask=written, other=-1)
+                stored = stored & (block >= 0)[:, None]
+            place = block * stride_block + within_block
             base = tl.multiple_of(tl.load(addresses + which).to(tl.pointer_type(DTYPE)), ALIGN * ITEM)
             base += tl.multiple_of(within % heads * stride_head, ALIGN)
             pointers = base + tl.multiple_of(place, [ALIGN])[:, None]
         else:
             base = tl.load(addresses + which, mask=real, other=0).to(tl.pointer_type(DTYPE))
-            pointers = (base + within % heads * stride_head)[None, :] + place[:, None]
-        tl.store(pointers + d_first[None, :], x, mask=written[:, None] & real[None, :])
-        tl.store(pointers + d_second[None, :], y, mask=written[:, None] & both[None, :])
+            if TABLED:
+                row = tl.load(group_of + layer, mask=real, other=0).to(tl.int64) * blocks
+                own_block = tl.load(table + row[None, :] + block[:, None], mask=stored, other=-1)
+                stored = stored & (own_block >= 0)
+                place = own_block * stride_block + within_block[:, None]
+            else:
+                place = (block * stride_block + within_block)[:, None]
+            pointers = (base + within % heads * stride_head)[None, :] + place
+        tl.store(pointers + d_first[None, :], x, mask=stored)
+        tl.store(pointers + d_second[None, :], y, mask=stored & both[None, :])
 
 
 def synthesise(
@@ -244,8 +259,15 @@ def synthesise(
         basis.first_head, pages.block_tokens, pages.stride_block, pages.stride_head, pages.stride_token, programs,
         pages.head_dim, (pages.head_dim + 1) // 2, cos.shape[1], basis.interleaved, basis.scaling,
         torch.finfo(pages.dtype).max, bn // basis.head, pairs_in_a_run(basis.head), bm, bn, bk, _GROUP, pages.alignment,
-        pages.dtype.itemsize, _TL[pages.dtype], num_warps=warps, num_stages=stages,
+        pages.dtype.itemsize, _TL[pages.dtype], *_table_of(pages), num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+def _table_of(pages: Pages) -> tuple[Tensor, Tensor, int, bool]:
+    """The table, groups, blocks, and whether there is one: else its place is taken by what is not looked at."""
+    if pages.table is None or pages.group_of is None:
+        return pages.addresses, pages.addresses, 0, False
+    return pages.table, pages.group_of, pages.table.shape[1], True
 
 
 _TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
