@@ -74,17 +74,21 @@ def opted_out(params: Mapping[str, Any] | None, request: str) -> bool:
     return wish != "on"
 
 
-def check_served(workers: int, cache_groups: int) -> None:
-    """For the adapters whose two sides share a process. Raises ConfigError, UnsupportedModelError."""
+def check_workers(workers: int) -> None:
+    """For the adapters whose two sides share a process. Raises ConfigError."""
     if workers != 1:
         raise ConfigError(
             f"the engine has {workers} workers; scheduler and worker must share a process: 1 is supported (tensor and "
             "pipeline parallelism: use the KVBM adapter)"
         )
+
+
+def check_one_group(cache_groups: int) -> None:
+    """For the adapters that know one page of a block. Raises UnsupportedModelError."""
     if cache_groups != 1:
         raise UnsupportedModelError(
             f"the engine's cache has {cache_groups} groups (hybrid attention: their layers share pages under different "
-            "block ids); one group is supported: a model with full attention in every layer"
+            "block ids), and this adapter knows one: set --disable-hybrid-kv-cache-manager, or use the KvtcConnector"
         )
 
 

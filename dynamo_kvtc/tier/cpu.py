@@ -14,7 +14,7 @@ from dynamo_kvtc.errors import ConfigError, RecordError, RecordMismatchError
 from dynamo_kvtc.store import Lease
 from dynamo_kvtc.tier.cpu_groups import CpuGroups
 from dynamo_kvtc.tier.pages import Pages
-from dynamo_kvtc.tier.transcode import Block, GroupDecoder, Promise, Put
+from dynamo_kvtc.tier.transcode import Block, GroupDecoder, Promise, Put, place
 
 Staged = tuple[Sequence[Block], Tensor, Tensor]
 
@@ -37,6 +37,7 @@ class CpuTranscoder:
 
     def stage(self, blocks: Sequence[Block], fence: None) -> Staged:
         self._check(blocks)
+        place(blocks, self._pages.table, read=True)
         return (blocks, *self._pages.read([b.block_id for b in blocks]))
 
     def encode(self, staged: Staged, put: Put) -> tuple[list[bool], list[int], ExactCounts]:
@@ -74,6 +75,7 @@ class CpuTranscoder:
             good.append((block, k, v))
             out.append(None)
         if good:
+            place([block for block, _, _ in good], self._pages.table)
             ids = [block.block_id for block, _, _ in good]
             self._pages.write(ids, torch.cat([k for _, k, _ in good], 2), torch.cat([v for _, _, v in good], 2))
         return out

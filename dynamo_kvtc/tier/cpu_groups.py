@@ -10,7 +10,7 @@ from dynamo_kvtc.codec.pipeline import BlockCodec
 from dynamo_kvtc.codec.record import Record
 from dynamo_kvtc.errors import ConfigError, RecordError, RecordMismatchError
 from dynamo_kvtc.tier.pages import Pages
-from dynamo_kvtc.tier.transcode import Block
+from dynamo_kvtc.tier.transcode import Block, place
 
 
 class CpuGroups:
@@ -47,6 +47,7 @@ class CpuGroups:
 
     def _decode(self, blocks: Sequence[Block], records: Sequence[Record], group: int) -> None:
         k, v = self._codec.decode_group(records, group)
+        place(blocks, self._pages.table)
         self._pages.write([b.block_id for b in blocks], k, v, first_layer=self.groups[group][0])
 
     def _check(self, block: Block, record: Record) -> Exception | None:

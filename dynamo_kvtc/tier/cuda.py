@@ -30,7 +30,7 @@ from dynamo_kvtc.codec.record import Record, claimed_position, claimed_positions
 from dynamo_kvtc.codec.warm import compile_all
 from dynamo_kvtc.errors import ConfigError, RecordCorruptError, RecordError, RecordMismatchError
 from dynamo_kvtc.store import Lease
-from dynamo_kvtc.tier.transcode import Block, GroupDecoder, Promise, Put
+from dynamo_kvtc.tier.transcode import Block, GroupDecoder, Promise, Put, place
 
 _ALIGNMENT = 16
 _PROVERS = max(1, min(8, (os.cpu_count() or 1) // 2))
@@ -103,6 +103,7 @@ class CudaTranscoder:
             part = waiting.pop(0)
             try:
                 with self._on(self._streams[0], after):
+                    place(part, self._codec.cache.table, read=True)
                     encoded = self._codec.encode(self._blocks(part, encoding=True), self._out, 0)
                     encoded.finish()
             except ConfigError:
@@ -227,10 +228,10 @@ class CudaTranscoder:
         promises: Sequence[Promise], fence: Fence | None, out: list[Exception | None],
     ) -> None:  # fmt: skip
         sizes = np.array([promises[i].coded_bytes for i in which], dtype=np.int64)
+        part = [blocks[i] for i in which]
         with self._on(self._streams[1], None if fence is None else fence.event):
-            restore = self._codec.decode(
-                arena, offsets, sizes, self._blocks([blocks[i] for i in which]), by_group=False
-            )
+            place(part, self._codec.cache.table)
+            restore = self._codec.decode(arena, offsets, sizes, self._blocks(part), by_group=False)
         for i, status in zip(which, restore.finish(), strict=True):
             if status:
                 out[i] = RecordCorruptError(f"the GPU found the record bad (status {status})")

@@ -37,7 +37,7 @@ class Overlay:
         nothing."""
         if not self.tokens or self._host is None or not tail:
             return []
-        found = [Block(self.key(b.key), b.block_id, b.first_position, exact=True) for b in blocks if b.key in tail]
+        found = [b._replace(key=self.key(b.key), exact=True) for b in blocks if b.key in tail]
         room = self._host.spare_room // self._block_bytes
         self._metrics.count("kvtc_overlay_blocks", max(0, len(found) - room), "no_room")
         # The last ones matter most.

@@ -8,17 +8,32 @@ from typing import Any, NamedTuple, Protocol
 
 from dynamo_kvtc.codec.policy import ExactCounts
 from dynamo_kvtc.codec.record import Record
+from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.ops.pages.cache import NO_PAGE, PageTable
 from dynamo_kvtc.store import Lease, release_all
 
 
 class Block(NamedTuple):
     """A whole block of the engine's pages. key: of its record; first_position: of its first token in the sequence;
-    exact: whether every token is to be stored bit-exact (the tier's own wish: an overlay)."""
+    exact: whether every token is to be stored bit-exact (the tier's own wish: an overlay); others: its pages in the
+    cache groups after the first, where the engine's layers are of several; NO_PAGE for one it lacks."""
 
     key: bytes
     block_id: int
     first_position: int
     exact: bool = False
+    others: tuple[int, ...] = ()
+
+
+def place(blocks: Sequence[Block], table: PageTable | None, read: bool = False) -> None:
+    """Tells the table, if layers are of several cache groups, where blocks lie. read: they are read there, so they must
+    have all of their pages. Raises ConfigError."""
+    if table is None:
+        return
+    lacking = [b.block_id for b in blocks if read and NO_PAGE in b.others]
+    if lacking:
+        raise ConfigError(f"block {lacking[0]} is to be read, and lacks pages of some layers: it has left their window")
+    table.put([b.block_id for b in blocks], [b.others for b in blocks])
 
 
 @dataclass(slots=True)

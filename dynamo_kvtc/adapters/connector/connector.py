@@ -12,10 +12,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    SupportsHMA,
 )
 
 from dynamo_kvtc.adapters.connector.options import LAYERWISE, ConnectorOptions, parse_connector
 from dynamo_kvtc.adapters.engine_model import layer_index, model_of, share_the_interpreter
+from dynamo_kvtc.adapters.vllm._compat import RELEASE
 from dynamo_kvtc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_HYBRID = (SupportsHMA,) if RELEASE >= (0, 31) else ()
+"""Before that, a load that failed cannot be told of where there are several cache groups: vLLM makes one of them."""
+
 
 @dataclass
 class Step(KVConnectorMetadata):
@@ -37,8 +42,9 @@ class Step(KVConnectorMetadata):
     preempted: set[str] = field(default_factory=set)
 
 
-class KvtcConnector(KVConnectorBase_V1):
-    """Refuses, at start: unknown options, a failure policy that ends requests, hybrid models, several workers."""
+class KvtcConnector(KVConnectorBase_V1, *_HYBRID):  # type: ignore[misc]
+    """Refuses, at start: unknown options, a failure policy that ends requests, layers that are neither full nor
+    sliding-window attention, several workers."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
@@ -75,6 +81,7 @@ class KvtcConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from dynamo_kvtc.adapters.connector.cluster import open_cluster
+        from dynamo_kvtc.adapters.connector.groups import groups_of
         from dynamo_kvtc.adapters.connector.node import Node, engines
         from dynamo_kvtc.adapters.connector.pages import caches_of, facts_of
         from dynamo_kvtc.adapters.connector.worker import Worker
@@ -86,7 +93,8 @@ class KvtcConnector(KVConnectorBase_V1):
         if self._worker is not None:
             raise ConfigError("register_kv_caches was called twice; this connector keeps one set of pages")
         options, config = self._options, self._vllm_config
-        engine = facts_of(config, self._kv_cache_config)
+        groups = groups_of(self._kv_cache_config, options)
+        engine = facts_of(config, self._kv_cache_config, groups)
         artifact = load_artifact(options.tier.artifact, engine.rank)
         cache = EngineCache(
             *model_of(engine.model, engine.dtype, options.tier.weights, artifact), tp_rank=engine.rank,
@@ -94,12 +102,13 @@ class KvtcConnector(KVConnectorBase_V1):
         )  # fmt: skip
         cache.check(artifact)
         events = config.kv_events_config
-        node = Node(options, bool(events is not None and events.enable_kv_cache_events))
+        node = Node(options, bool(events is not None and events.enable_kv_cache_events), groups)
         caches = caches_of(kv_caches, engine, int(self._kv_cache_config.num_blocks), options)
         pages = pages_of(caches, engine, artifact.shape)
         node.tier = open_tier(
             options.tier, cache, pages, artifact, node.metrics, node.router.moved, node.router.removed,
-            engine_first=options.nats is None,
+            # Pages that a window leaves behind are soon another request's: stores are to be over by then.
+            engine_first=options.nats is None and not groups.windows,
         )  # fmt: skip
         try:
             node.cluster = open_cluster(options, node.tier, artifact)
@@ -142,6 +151,12 @@ class KvtcConnector(KVConnectorBase_V1):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         freed, loaded = self._moving.finished(finished_req_ids)
         return freed or None, loaded or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """From 0.31 on, instead of ``get_finished``."""
+        results = super().get_transfer_results(finished_req_ids)
+        results.failed_recving = self._moving.take_failed_requests()
+        return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._moving.take_failed_blocks()
@@ -188,7 +203,7 @@ class KvtcConnector(KVConnectorBase_V1):
         return self._planning.matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        self._planning.update_state_after_alloc(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._planning.update_state_after_alloc(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Step:
         return Step(*self._planning.build(scheduler_output))
@@ -197,6 +212,11 @@ class KvtcConnector(KVConnectorBase_V1):
         self._planning.reported()
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self._planning.request_finished(request)
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         return self._planning.request_finished(request)
 
     def take_events(self) -> Iterable[Any]:

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import Any
 
 from dynamo_kvtc.adapters.connector.cluster import Cluster
+from dynamo_kvtc.adapters.connector.groups import ONE_GROUP, Groups
 from dynamo_kvtc.adapters.connector.loads import Trace
 from dynamo_kvtc.adapters.connector.options import ConnectorOptions
 from dynamo_kvtc.adapters.connector.router import RouterEvents
@@ -26,8 +27,8 @@ class Node:
     tier: Tier
     cluster: Cluster | None = None
 
-    def __init__(self, options: ConnectorOptions, events: bool) -> None:
-        self.options = options
+    def __init__(self, options: ConnectorOptions, events: bool, groups: Groups = ONE_GROUP) -> None:
+        self.options, self.groups = options, groups
         self._stats: deque[tuple[str, str, float, tuple[str, ...]]] = deque(maxlen=_PENDING_STATS)
         self.metrics = TierMetrics(sink=lambda *what: self._stats.append(what))
         self.router = RouterEvents(events)
@@ -83,6 +84,10 @@ class Node:
     def store_ordered(self, request: str) -> None:
         with self._changed:
             self._storing[request] = self._storing.get(request, 0) + 1
+
+    def storing(self) -> set[str]:
+        with self._changed:
+            return set(self._storing)
 
     def store_freed(self, request: str) -> None:
         with self._changed:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from dynamo_kvtc.adapters.connector.groups import Groups
 from dynamo_kvtc.adapters.connector.options import LAYERWISE, ConnectorOptions
-from dynamo_kvtc.adapters.engine_model import check_served
+from dynamo_kvtc.adapters.engine_model import check_workers
 from dynamo_kvtc.adapters.vllm._compat import RELEASE, EngineFacts
 from dynamo_kvtc.errors import ConfigError, UnsupportedModelError
 
@@ -26,21 +27,21 @@ class _Ref:
 
 @dataclass(frozen=True)
 class Caches:
-    """As vLLM's CanonicalKVCaches, of one group: int8 [blocks, page bytes] a layer."""
+    """As vLLM's CanonicalKVCaches, all layers in one group: int8 [blocks, page bytes] a layer."""
 
     tensors: list[_Tensor]
     group_data_refs: list[list[_Ref]]
 
 
-def facts_of(vllm_config: Any, kv_cache_config: Any) -> EngineFacts:
+def facts_of(vllm_config: Any, kv_cache_config: Any, groups: Groups) -> EngineFacts:
     """Raises UnsupportedModelError, ConfigError."""
-    groups = tuple(tuple(group.layer_names) for group in kv_cache_config.kv_cache_groups)
     parallel, cache, model = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.model_config
-    check_served(parallel.world_size, len(groups))
+    check_workers(parallel.world_size)
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     dtype = model.dtype if cache.cache_dtype == "auto" else cache.cache_dtype
     return EngineFacts(
-        model=model.model, dtype=str(dtype).removeprefix("torch."), groups=groups, block_tokens=spec.block_size,
+        model=model.model, dtype=str(dtype).removeprefix("torch."), groups=groups.names,
+        block_tokens=spec.block_size,
         blocks_per_chunk=1, rank=parallel.rank, world_size=parallel.world_size, tp_size=parallel.tensor_parallel_size,
         engine_id=vllm_config.kv_transfer_config.engine_id, kv_cache_layout=getattr(cache, "kv_cache_layout", None),
         vllm_config=None if RELEASE >= (0, 31) else vllm_config,
@@ -51,7 +52,7 @@ def caches_of(
     kv_caches: dict[str, torch.Tensor], engine: EngineFacts, blocks: int, options: ConnectorOptions
 ) -> Caches:
     """Raises UnsupportedModelError, ConfigError."""
-    names = engine.groups[0]
+    names = [name for group in engine.groups for name in group]
     missing = [name for name in names if name not in kv_caches]
     if missing:
         raise UnsupportedModelError(

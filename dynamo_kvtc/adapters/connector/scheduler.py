@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from dynamo_kvtc.adapters.connector.options import LAYERWISE
 from dynamo_kvtc.adapters.connector.params import Wish, params_of, wish_of
 from dynamo_kvtc.adapters.connector.router import Named
 from dynamo_kvtc.adapters.engine_model import EMPTY_STEP_SECONDS
+from dynamo_kvtc.ops.pages.cache import NO_PAGE
 from dynamo_kvtc.tier.transcode import Block
 
 log = logging.getLogger(__name__)
@@ -43,13 +44,13 @@ class Match:
 
 @dataclass
 class _State:
-    """keys: of its blocks, as far as they were asked for; next_store: the first block that was not offered yet;
-    handed: what its prefill worker has (None: it has not answered)."""
+    """keys: of its blocks, as far as they were asked for; pages: of its blocks, in each cache group; next_store: the
+    first block that was not offered yet; handed: what its prefill worker has (None: it has not answered)."""
 
     request: Any
     wish: Wish
     keys: list[bytes] = field(default_factory=list)
-    block_ids: list[int] = field(default_factory=list)
+    pages: list[list[int]] = field(default_factory=list)
     match: Match | None = None
     next_store: int = 0
     refused: bool = False
@@ -66,6 +67,8 @@ class Scheduler:
         self._layerwise = node.options.load == LAYERWISE
         self._states: dict[str, _State] = {}
         self._orders: dict[str, LoadOrder] = {}
+        self._read: dict[int, str] = {}
+        """Where a model has windows: pages that stores read, and whose request's they were."""
 
     def on_new_request(self, request: Any) -> None:
         wish = wish_of(request.kv_transfer_params, request.request_id)
@@ -88,16 +91,16 @@ class Scheduler:
         found = len(match.keys) * self._n
         return found, bool(found) and not self._layerwise
 
-    def update_state_after_alloc(self, request: Any, block_ids: Sequence[int], external: int) -> None:
+    def update_state_after_alloc(self, request: Any, block_ids: Sequence[Sequence[int]], external: int) -> None:
         state = self._state(request)
         match, state.match = state.match, None
         if not external or match is None:
             return
         count = external // self._n
-        blocks = [
-            Block(key, block_ids[match.first + i], (match.first + i) * self._n)
-            for i, key in enumerate(match.keys[:count])
-        ]
+        pages = self._node.groups.pages(block_ids)
+        blocks = [self._block(key, pages, i) for i, key in enumerate(match.keys[:count], match.first)]
+        # What no layer looks at any more need not come.
+        blocks = [b for b in blocks if b.block_id != NO_PAGE]
         remote = {b.key: match.remote[b.key] for b in blocks if b.key in match.remote}
         self._orders[request.request_id] = LoadOrder(request.request_id, blocks, remote, self._layerwise)
         # They are in the tier, or on their way into it.
@@ -112,19 +115,32 @@ class Scheduler:
         loads, self._orders = list(self._orders.values()), {}
         stores = []
         preempted = set(output.preempted_req_ids or ())
-        for rid, new_ids, computed, fresh in _rows(output):
+        windows = self._node.groups.windows
+        if windows:
+            storing = self._node.storing()
+            self._read = {page: rid for page, rid in self._read.items() if rid in storing}
+            for load in loads:
+                preempted |= self._readers(page for b in load.blocks for page in (b.block_id, *b.others))
+        for rid, block_ids, computed, fresh in _rows(output):
             state = self._states.get(rid)
+            new = self._node.groups.pages(block_ids) if block_ids else []
+            if windows:
+                preempted |= self._readers(page for pages in new for page in pages)
             if state is None:
                 continue
             if fresh:
-                state.block_ids = []
+                state.pages = []
                 if rid not in {order.request for order in loads} and computed == 0:
                     state.next_store = 0
-            state.block_ids += new_ids
-            order = self._stores(state, computed + output.num_scheduled_tokens[rid])
+            if new:
+                have = state.pages or [[] for _ in new]
+                state.pages = [before + more for before, more in zip(have, new, strict=True)]
+            order = self._stores(state, computed, output.num_scheduled_tokens[rid])
             if order is not None:
                 stores.append(order)
                 self._node.store_ordered(rid)
+                if windows:
+                    self._read |= {page: rid for b in order.blocks for page in (b.block_id, *b.others)}
         if not output.total_num_scheduled_tokens and not loads:
             self._wait_a_little()
         return loads, stores, preempted
@@ -239,11 +255,22 @@ class Scheduler:
             out.append(Remote(told.size, (*told.holders, *(h for h in others if h not in told.holders))))
         return out
 
-    def _stores(self, state: _State, tokens: int) -> StoreOrder | None:
-        """The blocks that are whole once so many tokens are computed."""
+    def _readers(self, pages: Iterable[int]) -> set[str]:
+        """Requests whose stores may still read pages that are given to others now: a window has left them behind."""
+        return {self._read[page] for page in pages if page in self._read}
+
+    def _block(self, key: bytes, pages: Sequence[Sequence[int]], i: int) -> Block:
+        return Block(key, pages[0][i], i * self._n, others=tuple(group[i] for group in pages[1:]))
+
+    def _stores(self, state: _State, computed: int, scheduled: int) -> StoreOrder | None:
+        """The blocks that are whole once what is scheduled is computed."""
         request, tier = state.request, self._node.tier
-        end = min(tokens // self._n, len(request.block_hashes), len(state.block_ids))
+        have = min(map(len, state.pages), default=0)
+        end = min((computed + scheduled) // self._n, len(request.block_hashes), have)
         first, state.next_store = state.next_store, max(state.next_store, end)
+        if self._node.groups.windows:
+            # Of blocks before this step's a window may have left pages behind.
+            first = max(first, computed // self._n)
         if state.wish.off or first >= end:
             return None
         keys = self._keys(state, end)[first:]
@@ -253,7 +280,7 @@ class Scheduler:
             if self._node.router.on:
                 self._name(state, i)
             if yes:
-                blocks.append(Block(key, state.block_ids[i], i * self._n))
+                blocks.append(self._block(key, state.pages, i))
         return StoreOrder(request.request_id, blocks) if blocks else None
 
     def _name(self, state: _State, i: int) -> None:
@@ -268,12 +295,11 @@ class Scheduler:
             self._node.wait_change(EMPTY_STEP_SECONDS)
 
 
-def _rows(output: Any) -> list[tuple[str, list[int], int, bool]]:
-    """(request, its new pages, tokens computed before this step, whether its pages are all new)."""
-    rows = [(r.req_id, list(r.block_ids[0]), r.num_computed_tokens, True) for r in output.scheduled_new_reqs]
+def _rows(output: Any) -> list[tuple[str, Sequence[Sequence[int]], int, bool]]:
+    """(request, its new pages in each cache group, tokens computed before this step, whether its pages are all new)."""
+    rows = [(r.req_id, r.block_ids, r.num_computed_tokens, True) for r in output.scheduled_new_reqs]
     cached = output.scheduled_cached_reqs
     for i, rid in enumerate(cached.req_ids):
-        new = cached.new_block_ids[i]
-        ids = list(new[0]) if new else []
-        rows.append((rid, ids, cached.num_computed_tokens[i], rid in cached.resumed_req_ids))
+        new = cached.new_block_ids[i] or ()
+        rows.append((rid, new, cached.num_computed_tokens[i], rid in cached.resumed_req_ids))
     return rows

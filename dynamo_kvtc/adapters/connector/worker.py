@@ -25,6 +25,7 @@ class Worker:
         self._running: dict[str, Load] = {}
         self._gates: list[Load] = []
         self._failed_blocks: set[int] = set()
+        self._failed_requests: set[str] = set()
         groups = node.tier.by_group
         self._group_of = layers_of(groups.groups) if groups is not None else []
 
@@ -91,6 +92,11 @@ class Worker:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
+    def take_failed_requests(self) -> set[str]:
+        """Where a model has windows: what lies before a block that failed is not all there, so all is computed."""
+        failed, self._failed_requests = self._failed_requests, set()
+        return failed
+
     def take_stats(self) -> list[tuple[str, str, float, tuple[str, ...]]]:
         return self.node.take_stats()
 
@@ -115,5 +121,8 @@ class Worker:
     def _note(self, load: Load) -> None:
         if load.failed:
             log.info("%s: %d blocks could not be loaded and are computed", load.order.request, len(load.failed))
-            self._failed_blocks.update(b.block_id for b in load.failed)
+            if self.node.groups.windows:
+                self._failed_requests.add(load.order.request)
+            else:
+                self._failed_blocks.update(b.block_id for b in load.failed)
             self.node.load_failed(load.order.request)

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
-from dynamo_kvtc.adapters.engine_model import layer_index
+from dynamo_kvtc.adapters.engine_model import check_one_group, layer_index
 from dynamo_kvtc.adapters.kvbm._compat import endpoints, require_kvbm
 from dynamo_kvtc.adapters.kvbm.mover import MoverContext, find_factory
 from dynamo_kvtc.adapters.kvbm.options import parse_options
 from dynamo_kvtc.adapters.kvbm.step import decode_step, preempted_of
 from dynamo_kvtc.adapters.kvbm.worker import KvbmWorker
-from dynamo_kvtc.errors import ConfigError, UnsupportedModelError
+from dynamo_kvtc.errors import ConfigError
 
 VERSION = require_kvbm()
 
@@ -70,11 +70,8 @@ class DynamoConnector(KvbmDynamoConnector):
                 f"its request with an error; set it to 'recompute' in --kv-transfer-config"
             )
         groups = getattr(kv_cache_config, "kv_cache_groups", None)
-        if groups is not None and len(groups) != 1:
-            raise UnsupportedModelError(
-                f"the model's cache has {len(groups)} groups (hybrid attention); KVBM knows one: "
-                f"--disable-hybrid-kv-cache-manager, or a model with one kind of attention"
-            )
+        if groups is not None:
+            check_one_group(len(groups))
         self._scheduler: Leader | None = None
         self._worker: KvbmWorker | None = None
         if role == KVConnectorRole.SCHEDULER:

@@ -14,7 +14,13 @@ from vllm.v1.kv_offload.base import (
     OffloadingWorker,
 )
 
-from dynamo_kvtc.adapters.engine_model import PREFIX, check_served, model_of, share_the_interpreter
+from dynamo_kvtc.adapters.engine_model import (
+    PREFIX,
+    check_one_group,
+    check_workers,
+    model_of,
+    share_the_interpreter,
+)
 from dynamo_kvtc.adapters.vllm._compat import KNOWS_SEQUENCES, RELEASE, EngineFacts, facts
 from dynamo_kvtc.adapters.vllm.layout import pages_of
 from dynamo_kvtc.adapters.vllm.manager import Manager
@@ -82,7 +88,8 @@ class KvtcOffloadingSpec(OffloadingSpec):
 
 def check_engine(engine: EngineFacts, options: TierOptions) -> None:
     """Raises ConfigError or UnsupportedModelError for what the adapter cannot serve right."""
-    check_served(engine.world_size, len(engine.groups))
+    check_workers(engine.world_size)
+    check_one_group(len(engine.groups))
     if engine.blocks_per_chunk != 1:
         raise ConfigError(f"the engine offloads {engine.blocks_per_chunk} blocks at once; 1 is supported")
     if (options.min_tokens or options.window) and not KNOWS_SEQUENCES:

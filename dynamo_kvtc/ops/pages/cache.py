@@ -12,12 +12,15 @@ from torch import Tensor
 from dynamo_kvtc.errors import ConfigError
 from dynamo_kvtc.types import DTYPES
 
+NO_PAGE = -1
+"""Where a block lies in a group that has let go of it."""
+
 
 class PageTable:
     """Where blocks lie in a cache whose layers are of several groups, each with pages of its own (hybrid attention).
 
     A block goes by its page in the first group. group_of: int32 [L], each layer's group; pages: int64 [G, B], a block's
-    page in each group, -1 for none: what a layer lacks reads as a saturated token and is never written. Both are on the
+    page in each group, or NO_PAGE: what a layer lacks reads as a saturated token and is never written. Both are on the
     cache's device.
     """
 
@@ -28,7 +31,7 @@ class PageTable:
         self.pages = torch.arange(blocks, device=device).repeat(self.groups, 1)
 
     def put(self, blocks: Sequence[int], others: Sequence[Sequence[int]]) -> None:
-        """On the current stream. blocks: n, each once; others: n times its pages in groups 1 and on, -1 for none.
+        """On the current stream. blocks: n; others: n times its pages in groups 1 and on, or NO_PAGE.
 
         Raises ConfigError for pages that the cache does not have.
         """
@@ -37,11 +40,15 @@ class PageTable:
         if told.shape != (len(blocks), self.groups) or not len(blocks):
             raise ConfigError(f"{len(blocks)} blocks with {len(told[0]) if len(told) else 0} pages each; the cache has "
                               f"{self.groups} groups")  # fmt: skip
-        least = torch.tensor([0] + [-1] * (self.groups - 1))
+        least = torch.tensor([0] + [NO_PAGE] * (self.groups - 1))
         if bool((told < least).any()) or bool((told >= count).any()):
             raise ConfigError(f"pages run from {int(told.min())} to {int(told.max())}; the cache has {count}")
         told = told.T.to(self.pages.device)
         self.pages[:, told[0]] = told
+
+    def of(self, layer: int, blocks: Tensor) -> Tensor:
+        """Their pages in that layer, int64 like blocks; NO_PAGE for none. On the cache's device."""
+        return self.pages[self.group_of[layer], blocks]
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,6 @@ def _place(cache: PagedCache, slots: Tensor, layer: int) -> tuple[Tensor, Tensor
     slots = torch.where(there, slots, 0)
     page = slots // cache.tokens_per_block
     if cache.table is not None:
-        page = cache.table.pages[cache.table.group_of[layer], page]
+        page = cache.table.of(layer, page)
         there &= page >= 0
     return there, torch.where(there, page, 0), slots % cache.tokens_per_block

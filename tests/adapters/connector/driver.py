@@ -74,6 +74,10 @@ class Driver:
         """The device alone."""
         return self.llm.reset_prefix_cache()
 
+    def forget(self) -> None:
+        """The device, after which wrong numbers are where its cache was."""
+        engine_driver.forget(self.llm, self.settle)
+
     def clear(self) -> None:
         self.node.tier.clear()
 
@@ -106,6 +110,20 @@ class Driver:
                 return True
             time.sleep(0.01)
         return False
+
+    def groups(self) -> list[Any]:
+        """Of each cache group its layers, and whether some of them see a window only."""
+        groups = self.node.groups
+        return [[len(names) for names in groups.names], groups.windows]
+
+    def spoil(self, one_in: int) -> int:
+        """A bit of each so many-th record in host memory is flipped; how many."""
+        host = self.node.tier.records.host
+        keys = sorted(key for key, *_ in self.node.tier.records.held())[::one_in]
+        for key in keys:
+            with host.get(key) as lease:
+                host._view[lease.offset + len(lease) - 9] ^= 4
+        return len(keys)
 
     def held(self) -> int:
         return len(self.node.tier.records.held())

@@ -51,3 +51,51 @@ def test_evicted_blocks_come_back_as_they_were(start, any_artifact, tmp_path, lo
     engine("clear")
     assert [r[2] for r in engine("run", prompts[:2])] == [0, 0]
     assert engine("close")
+
+
+def test_layers_with_windows_have_pages_of_their_own(start, any_artifact, hybrid, tmp_path):
+    """Every other layer sees 256 tokens: two cache groups. What comes back has all of its pages in one, and those of
+    its last window in the other; a record that is damaged costs a recompute."""
+    extra = {
+        "artifact": str(any_artifact), "point": "fine", "exact": "all", "host_gib": 0.3, "disk_gib": 0.5,
+        "disk_path": str(tmp_path / "disk"),
+    }  # fmt: skip
+    engine = start("one", extra, of=hybrid, engine={"device_blocks": 120}).ready()
+    assert engine("groups") == [[15, 15], True]
+    # Chunks of 256 tokens in batches: a window leaves pages behind while a prompt is computed.
+    prompts = [prompt_of(i, n) for i, n in enumerate((129, 481, 700))]
+    whole = [128, 480, 672]
+    engine("run", prompts)
+    local = [engine("run", [p])[0] for p in prompts]
+    assert [r[2] for r in local] == whole
+    assert engine("settle")
+    # Of the 16 tokens that are generated the last is never computed.
+    assert engine("held") == sum((len(p) + 15) // 32 for p in prompts)
+    engine("forget")
+    restored = [engine("run", [p])[0] for p in prompts]
+    assert [r[2] for r in restored] == whole
+    assert same(local, restored) == [True] * len(prompts)
+    counts = engine("counts")
+    assert counts["loaded"] == sum(whole) // 32
+    assert counts["failed"] == 0
+
+    # An answer that goes on past a block's end: that is stored, too, and found.
+    longer = prompts[1] + engine("run", [prompts[1]], 40)[0][0][:-1]
+    here = engine("run", [longer], 4)[0]
+    engine("forget")
+    back = engine("run", [longer], 4)[0]
+    assert back[2] == here[2] == 512
+    assert same([here], [back]) == [True]
+
+    engine("forget")
+    assert engine("spoil", 3) > 0
+    again = engine("run", prompts)
+    assert [r[3] for r in again] == ["length"] * len(prompts)
+    assert [r[0] for r in again] == [r[0] for r in local]
+    assert engine("counts")["failed"] > 0
+    # What was computed after all is stored again.
+    engine("forget")
+    together = engine("run", prompts)
+    assert [r[2] for r in together] == whole
+    assert [r[0] for r in together] == [r[0] for r in local]
+    assert engine("close")
