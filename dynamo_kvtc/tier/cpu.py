@@ -14,7 +14,7 @@ from dynamo_kvtc.errors import ConfigError, RecordError, RecordMismatchError
 from dynamo_kvtc.store import Lease
 from dynamo_kvtc.tier.cpu_groups import CpuGroups
 from dynamo_kvtc.tier.pages import Pages
-from dynamo_kvtc.tier.transcode import Block, GroupDecoder, Promise, Put, place
+from dynamo_kvtc.tier.transcode import Block, GroupDecoder, Promise, Put, check_whole, place
 
 Staged = tuple[Sequence[Block], Tensor, Tensor]
 
@@ -37,7 +37,8 @@ class CpuTranscoder:
 
     def stage(self, blocks: Sequence[Block], fence: None) -> Staged:
         self._check(blocks)
-        place(blocks, self._pages.table, read=True)
+        check_whole(blocks)
+        place(blocks, self._pages.table)
         return (blocks, *self._pages.read([b.block_id for b in blocks]))
 
     def encode(self, staged: Staged, put: Put) -> tuple[list[bool], list[int], ExactCounts]:

@@ -30,7 +30,7 @@ from dynamo_kvtc.codec.record import Record, claimed_position, claimed_positions
 from dynamo_kvtc.codec.warm import compile_all
 from dynamo_kvtc.errors import ConfigError, RecordCorruptError, RecordError, RecordMismatchError
 from dynamo_kvtc.store import Lease
-from dynamo_kvtc.tier.transcode import Block, GroupDecoder, Promise, Put, place
+from dynamo_kvtc.tier.transcode import Block, GroupDecoder, Promise, Put, check_whole, place
 
 _ALIGNMENT = 16
 _PROVERS = max(1, min(8, (os.cpu_count() or 1) // 2))
@@ -88,6 +88,7 @@ class CudaTranscoder:
         return Fence(event, stream)
 
     def stage(self, blocks: Sequence[Block], fence: Fence | None) -> tuple[Sequence[Block], Fence | None]:
+        check_whole(blocks)
         return blocks, fence
 
     def encode(
@@ -103,7 +104,7 @@ class CudaTranscoder:
             part = waiting.pop(0)
             try:
                 with self._on(self._streams[0], after):
-                    place(part, self._codec.cache.table, read=True)
+                    place(part, self._codec.cache.table)
                     encoded = self._codec.encode(self._blocks(part, encoding=True), self._out, 0)
                     encoded.finish()
             except ConfigError:

@@ -25,15 +25,19 @@ class Block(NamedTuple):
     others: tuple[int, ...] = ()
 
 
-def place(blocks: Sequence[Block], table: PageTable | None, read: bool = False) -> None:
-    """Tells the table, if layers are of several cache groups, where blocks lie. read: they are read there, so they must
-    have all of their pages. Raises ConfigError."""
-    if table is None:
-        return
-    lacking = [b.block_id for b in blocks if read and NO_PAGE in b.others]
+def place(blocks: Sequence[Block], table: PageTable | None) -> None:
+    """Tells the table, if layers are of several cache groups, where blocks lie. Raises ConfigError."""
+    if table is not None:
+        table.put([b.block_id for b in blocks], [b.others for b in blocks])
+
+
+def check_whole(blocks: Sequence[Block]) -> None:
+    """Raises ConfigError if one lacks pages: it cannot be read."""
+    lacking = [b.block_id for b in blocks if NO_PAGE in b.others]
     if lacking:
-        raise ConfigError(f"block {lacking[0]} is to be read, and lacks pages of some layers: it has left their window")
-    table.put([b.block_id for b in blocks], [b.others for b in blocks])
+        raise ConfigError(
+            f"block {lacking[0]} is to be stored, and lacks pages of some layers: it has left their window"
+        )
 
 
 @dataclass(slots=True)
