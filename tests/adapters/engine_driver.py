@@ -142,6 +142,16 @@ def forget(llm: Any, settle: Callable[[], None]) -> None:
         cache.fill_(7.0)
 
 
+def windowed(llm: Any, settle: Callable[[], None]) -> dict[str, Any]:
+    """Prompts that a window of 256 tokens cuts: what a local prefix hit gives, and the same from below."""
+    prompts = [prompt_of(i, n) for i, n in enumerate((129, 481, 700))]
+    run(llm, prompts)
+    local = [run(llm, [prompt])[0] for prompt in prompts]
+    forget(llm, settle)
+    restored = [run(llm, [prompt])[0] for prompt in prompts]
+    return {"same": same(local, restored), "local": [r[2] for r in local], "restored": [r[2] for r in restored]}
+
+
 def local_and_restored(llm: Any, settle: Callable[[], None]) -> tuple[list[list[int]], list[Any], list[Any]]:
     """24 prompts, chunked prefill, batches of 8; the device is to hold one batch. The prompts, what a local prefix hit
     gives, and the same from below, the last first: they are still in the host's memory."""

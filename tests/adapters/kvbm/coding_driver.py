@@ -202,19 +202,16 @@ def flip_on_rank_1(engine_worker: Any) -> int:
     return len(keys)
 
 
-def refused(case: Case) -> dict[str, Any]:
-    """What the engine says at start. More: what to change of the mover's options and of the engine's."""
-    coding, extra = case.more
+def windows(case: Case) -> dict[str, Any]:
     budget(case, CPU_CACHE_GB=0.25, DISK_CACHE_GB=0.25)
-    try:
-        engine(case, 40, coding, **extra)
-    except Exception as exc:
-        return {"error": f"{type(exc).__name__}: {exc}"}
-    return {"error": "not refused"}
+    llm = engine(case, 60, {"point": "fine", "exact": "all"})
+    out = engine_driver.windowed(llm, settle)
+    llm.llm_engine.engine_core.shutdown()
+    return out
 
 
 def main() -> None:
-    engine_driver.play({scenario.__name__: scenario for scenario in (exact, lossy, refused, two_ranks)})
+    engine_driver.play({scenario.__name__: scenario for scenario in (exact, lossy, windows, two_ranks)})
 
 
 if __name__ == "__main__":

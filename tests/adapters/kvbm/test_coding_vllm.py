@@ -23,7 +23,7 @@ def short(model, any_artifact, quickly_calibrated, texts, hybrid, tmp_path_facto
     cases = [
         ["exact", model, work / "exact", any_artifact],
         ["lossy", model, work / "lossy", quickly_calibrated, texts(TOKENS), "18", 0],
-        ["refused", hybrid, work / "hybrid", any_artifact, {"point": "fine"}, {"num_gpu_blocks_override": 128}],
+        ["windows", hybrid, work / "hybrid", any_artifact],
     ]
     results = dict(zip((case[0] for case in cases), play(DRIVER, cases), strict=True))
     print({name: (result["took_seconds"], result["processor_seconds"]) for name, result in results.items()})
@@ -75,11 +75,11 @@ def test_a_coded_record_costs_what_evaluation_says(short, model, quickly_calibra
     check_coded(short("lossy"), model, quickly_calibrated, texts(TOKENS), "18")
 
 
-def test_a_hybrid_model_is_refused(short):
-    """Sliding windows in every other layer. For a connector of this kind vLLM makes one cache group of them."""
-    seen = short("refused")
-    assert "UnsupportedModelError" in seen["error"]
-    assert "sliding-window attention in layer 1" in seen["error"]
+def test_layers_with_windows_are_served(short):
+    """Every other layer sees 256 tokens. For a connector of this kind vLLM makes one cache group, and keeps all."""
+    seen = short("windows")
+    assert seen["same"] == [True] * 3
+    assert seen["restored"] == seen["local"] == [128, 480, 672]
 
 
 @pytest.mark.long

@@ -57,11 +57,13 @@ def small_model(folder: Path) -> Path:
     return folder
 
 
-def hybrid_model(model: Path, folder: Path) -> Path:
+def hybrid_model(model: Path, folder: Path, every: int = 2) -> Path:
+    """The model with windows of 256 tokens, in one layer of so many."""
+    folder.mkdir(exist_ok=True)
     for file in model.iterdir():
         (folder / file.name).symlink_to(file)
     config = json.loads((model / "config.json").read_text())
-    kinds = [("full", "sliding")[i % 2] + "_attention" for i in range(config["num_hidden_layers"])]
+    kinds = [("full", "sliding")[i % every == every - 1] + "_attention" for i in range(config["num_hidden_layers"])]
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps({**config, "layer_types": kinds, "sliding_window": 256}))
     return folder

@@ -195,6 +195,14 @@ def tail(case: Case) -> dict[str, Any]:
     return result
 
 
+def windows(case: Case) -> dict[str, Any]:
+    """More: what to change of the engine's options."""
+    llm = engine(case, {"point": "fine", "exact": "all", "host_gib": 0.2}, 60, None, **case.more[0])
+    out = engine_driver.windowed(llm, settle)
+    llm.llm_engine.engine_core.shutdown()
+    return out
+
+
 def refused(case: Case) -> dict[str, Any]:
     """What the engine says at start. More: what to change."""
     change = dict(case.more[0])
@@ -209,7 +217,7 @@ def refused(case: Case) -> dict[str, Any]:
 def main() -> None:
     from tests.adapters.vllm import faults
 
-    scenarios = [exact, lossy, capacity, watched, tail, refused, faults.faults, faults.full]
+    scenarios = [exact, lossy, capacity, watched, tail, windows, refused, faults.faults, faults.full]
     engine_driver.play({scenario.__name__: scenario for scenario in scenarios})
 
 

@@ -119,6 +119,19 @@ def test_a_hybrid_model_is_refused(short):
     seen = short("refused")
     assert "UnsupportedModelError" in seen["error"]
     assert "2 groups" in seen["error"]
+    assert "--disable-hybrid-kv-cache-manager, or use the KvtcConnector" in seen["error"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("windows", ["some", "all"])
+def test_layers_with_windows_are_served(model, hybrid, any_artifact, tmp_path, windows):
+    """In one cache group: all kept as if attention were full, or all layers alike."""
+    from tests.adapters.vllm.artifacts import hybrid_model
+
+    of = hybrid if windows == "some" else hybrid_model(model, tmp_path / "all", every=1)
+    seen = run("windows", of, tmp_path / "work", any_artifact, {"disable_hybrid_kv_cache_manager": windows == "some"})
+    assert seen["same"] == [True] * 3
+    assert seen["restored"] == seen["local"] == [128, 480, 672]
 
 
 @pytest.mark.long
