@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.adapters.engine_driver import prompt_of, same
+from tests.adapters.vllm.artifacts import hybrid_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.model]
 
@@ -53,15 +54,18 @@ def test_evicted_blocks_come_back_as_they_were(start, any_artifact, tmp_path, lo
     assert engine("close")
 
 
-def test_layers_with_windows_have_pages_of_their_own(start, any_artifact, hybrid, tmp_path):
+@pytest.mark.parametrize("windows", ["some", pytest.param("all", marks=pytest.mark.long)])
+def test_layers_with_windows_have_pages_of_their_own(start, any_artifact, model, hybrid, tmp_path, windows):
     """Every other layer sees 256 tokens: two cache groups. What comes back has all of its pages in one, and those of
-    its last window in the other; a record that is damaged costs a recompute."""
+    its last window in the other; a record that is damaged costs a recompute. Or all layers do: nothing but the last
+    window comes back."""
+    of = hybrid if windows == "some" else hybrid_model(model, tmp_path / "all", every=1)
     extra = {
         "artifact": str(any_artifact), "point": "fine", "exact": "all", "host_gib": 0.3, "disk_gib": 0.5,
         "disk_path": str(tmp_path / "disk"),
     }  # fmt: skip
-    engine = start("one", extra, of=hybrid, engine={"device_blocks": 120}).ready()
-    assert engine("groups") == [[15, 15], True]
+    engine = start("one", extra, of=of, engine={"device_blocks": 120}).ready()
+    assert engine("groups") == [[15, 15] if windows == "some" else [30], True]
     # Chunks of 256 tokens in batches: a window leaves pages behind while a prompt is computed.
     prompts = [prompt_of(i, n) for i, n in enumerate((129, 481, 700))]
     whole = [128, 480, 672]
@@ -76,7 +80,7 @@ def test_layers_with_windows_have_pages_of_their_own(start, any_artifact, hybrid
     assert [r[2] for r in restored] == whole
     assert same(local, restored) == [True] * len(prompts)
     counts = engine("counts")
-    assert counts["loaded"] == sum(whole) // 32
+    assert counts["loaded"] == (sum(whole) // 32 if windows == "some" else 4 + 8 + 8)
     assert counts["failed"] == 0
 
     # An answer that goes on past a block's end: that is stored, too, and found.
