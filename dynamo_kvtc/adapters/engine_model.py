@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -24,6 +24,8 @@ SWITCH_SECONDS = 2e-4
 EMPTY_STEP_SECONDS = 0.002
 """A step that took less ran no model: the engine is only asking again. It then waits this long for an answer or a
 load, so that it does not keep the interpreter from the threads that work on it."""
+WINDOW_SPEC = "SlidingWindowSpec"
+"""vLLM's class of a cache group with sliding windows, by name: it is looked at without vLLM, too."""
 OPT_OUT = "kvtc"
 """``kv_transfer_params={"kvtc": "off"}`` of a request: neither stored nor loaded."""
 
@@ -89,6 +91,16 @@ def check_one_group(cache_groups: int) -> None:
         raise UnsupportedModelError(
             f"the engine's cache has {cache_groups} groups (hybrid attention: their layers share pages under different "
             "block ids), and this adapter knows one: set --disable-hybrid-kv-cache-manager, or use the KvtcConnector"
+        )
+
+
+def check_no_windows(kv_cache_groups: Sequence[Any]) -> None:
+    """For the adapters that take it that a request keeps its pages. kv_cache_groups: of vLLM's KVCacheConfig.
+    Raises UnsupportedModelError."""
+    if any(type(group.kv_cache_spec).__name__ == WINDOW_SPEC for group in kv_cache_groups):
+        raise UnsupportedModelError(
+            "all layers have sliding windows, whose pages the engine takes away from a request that runs: use the "
+            "KvtcConnector with vLLM 0.31"
         )
 
 

@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from dynamo_kvtc.adapters.connector.options import LAYERWISE, ConnectorOptions, parse_connector
 from dynamo_kvtc.adapters.engine_model import layer_index, model_of, share_the_interpreter
 from dynamo_kvtc.adapters.vllm._compat import RELEASE
-from dynamo_kvtc.errors import ConfigError
+from dynamo_kvtc.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from dynamo_kvtc.adapters.connector.loads import LoadOrder
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HYBRID = (SupportsHMA,) if RELEASE >= (0, 31) else ()
-"""Before that, a load that failed cannot be told of where there are several cache groups: vLLM makes one of them."""
+"""Before that, a load that failed cannot be told of where layers have windows: vLLM makes them full attention, unless
+all layers have windows."""
 
 
 @dataclass
@@ -94,6 +95,8 @@ class KvtcConnector(KVConnectorBase_V1, *_HYBRID):  # type: ignore[misc]
             raise ConfigError("register_kv_caches was called twice; this connector keeps one set of pages")
         options, config = self._options, self._vllm_config
         groups = groups_of(self._kv_cache_config, options)
+        if groups.windows and not _HYBRID:
+            raise UnsupportedModelError("all layers have sliding windows: this needs vLLM 0.31")
         engine = facts_of(config, self._kv_cache_config, groups)
         artifact = load_artifact(options.tier.artifact, engine.rank)
         cache = EngineCache(

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamo_kvtc.adapters.connector.options import LAYERWISE, ConnectorOptions
+from dynamo_kvtc.adapters.engine_model import WINDOW_SPEC
 from dynamo_kvtc.errors import ConfigError, UnsupportedModelError
 from dynamo_kvtc.ops.pages.cache import NO_PAGE
 
-_FULL, _WINDOW = "FullAttentionSpec", "SlidingWindowSpec"
-"""By name, so that the scheduler's side can be had without vLLM."""
+_FULL = "FullAttentionSpec"
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def groups_of(kv_cache_config: Any, options: ConnectorOptions) -> Groups:
     specs = [group.kv_cache_spec for group in groups]
     kinds = [type(spec).__name__ for spec in specs]
     names = tuple(tuple(group.layer_names) for group in groups)
-    windows = _WINDOW in kinds
+    windows = WINDOW_SPEC in kinds
     if len(specs) > 1:
-        if _FULL not in kinds or not set(kinds) <= {_FULL, _WINDOW}:
+        if _FULL not in kinds or not set(kinds) <= {_FULL, WINDOW_SPEC}:
             raise UnsupportedModelError(
                 f"the engine's cache has {len(specs)} groups ({', '.join(sorted(set(kinds)))}); supported are full "
                 "attention, and sliding windows beside it"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
-from dynamo_kvtc.adapters.engine_model import check_one_group, layer_index
+from dynamo_kvtc.adapters.engine_model import check_no_windows, check_one_group, layer_index
 from dynamo_kvtc.adapters.kvbm._compat import endpoints, require_kvbm
 from dynamo_kvtc.adapters.kvbm.mover import MoverContext, find_factory
 from dynamo_kvtc.adapters.kvbm.options import parse_options
@@ -72,6 +72,7 @@ class DynamoConnector(KvbmDynamoConnector):
         groups = getattr(kv_cache_config, "kv_cache_groups", None)
         if groups is not None:
             check_one_group(len(groups))
+            check_no_windows(groups)
         self._scheduler: Leader | None = None
         self._worker: KvbmWorker | None = None
         if role == KVConnectorRole.SCHEDULER:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dynamo_kvtc.adapters.engine_model import check_no_windows
 from dynamo_kvtc.errors import EngineVersionError, MissingDependencyError
 
 SUPPORTED = ((0, 25), (0, 31))
@@ -53,7 +54,7 @@ class EngineFacts:
 
 
 def facts(spec: Any) -> EngineFacts:
-    """Of an OffloadingSpec whose own __init__ has run."""
+    """Of an OffloadingSpec whose own __init__ has run. Raises UnsupportedModelError."""
     if RELEASE >= (0, 31):
         c = spec.config
         return EngineFacts(
@@ -63,6 +64,7 @@ def facts(spec: Any) -> EngineFacts:
             kv_cache_layout=c.kv_cache_layout,
         )  # fmt: skip
     config = spec.vllm_config
+    check_no_windows(spec.kv_cache_config.kv_cache_groups)
     parallel, cache = config.parallel_config, config.cache_config
     dtype = config.model_config.dtype if cache.cache_dtype == "auto" else cache.cache_dtype
     return EngineFacts(

@@ -13,6 +13,7 @@ from dynamo_kvtc.adapters.connector.node import Node
 from dynamo_kvtc.adapters.connector.options import parse_connector
 from dynamo_kvtc.adapters.connector.scheduler import Match, Scheduler
 from dynamo_kvtc.adapters.connector.worker import Worker
+from dynamo_kvtc.adapters.engine_model import check_no_windows, check_one_group
 from dynamo_kvtc.errors import ConfigError, UnsupportedModelError
 from dynamo_kvtc.ops.pages.cache import NO_PAGE
 from dynamo_kvtc.tier.transcode import Block
@@ -57,6 +58,16 @@ def test_what_is_refused():
     assert not groups_of(config(full), layerwise).windows
     with pytest.raises(ConfigError, match="set load to 'async', or --disable-hybrid-kv-cache-manager"):
         groups_of(config(full, window), layerwise)
+
+
+def test_adapters_that_know_one_page_of_a_block_refuse_what_has_more_or_loses_it():
+    window, full = spec("SlidingWindowSpec"), spec("FullAttentionSpec")
+    check_one_group(1)
+    check_no_windows(config(full).kv_cache_groups)
+    with pytest.raises(UnsupportedModelError, match=r"2 groups .* --disable-hybrid-kv-cache-manager"):
+        check_one_group(2)
+    with pytest.raises(UnsupportedModelError, match="all layers have sliding windows"):
+        check_no_windows(config(window).kv_cache_groups)
 
 
 @pytest.fixture
