@@ -22,7 +22,7 @@ WIDTHS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "i16"}
 POINTERS = {
     "addresses": "i64", "slots": "i64", "energy": "i64", "base": "i64", "wide_slot": "i32", "wide_heads": "i32",
     "index": "i32", "count": "i32", "groups": "i32", "low": "i8", "high": "i8", "saturated": "u8", "keep": "u8",
-    "buffer": "u8",
+    "buffer": "u8", "table": "i64", "group_of": "i32",
 }
 
 def ptx(name, **constants):
@@ -44,16 +44,18 @@ def ptx(name, **constants):
     print("KERNEL", name)
     print(made.asm["ptx"])
 
-common = {"N": 16, "PAIRS": 64, "D": 128, "INTERLEAVED": False, "ALIGN": 16, "BLOCK_T": 8, "BLOCK_D": 128}
+common = {"N": 16, "TABLED": False, "PAIRS": 64, "D": 128, "INTERLEAVED": False, "ALIGN": 16, "BLOCK_T": 8, "BLOCK_D": 128}
 ptx("_gather_fixed", **common, ALL_HEADS=8, HEADS=2, KIND=2)
 ptx("_gather_fixed", **{**common, "D": 96, "PAIRS": 20, "INTERLEAVED": True}, ALL_HEADS=3, HEADS=1, KIND=0)
+ptx("_gather_fixed", **{**common, "TABLED": True}, ALL_HEADS=8, HEADS=2, KIND=2)
 ptx("_scatter_rows", **common, HEADS=8, KIND=2, TOP=torch.finfo(torch.bfloat16).max)
+ptx("_scatter_rows", **{**common, "TABLED": True}, HEADS=8, KIND=2, TOP=torch.finfo(torch.bfloat16).max)
 ptx("_scatter_rows", **common, HEADS=8, KIND=1, TOP=torch.finfo(torch.float16).max)
 # Integers that are 1 become constants.
 ptx("_gather_fixed", **common, ALL_HEADS=1, HEADS=1, KIND=1, layers=1, tokens=1, wide=1, first_layer=1)
 ptx("_scatter_rows", **common, HEADS=1, KIND=0, TOP=torch.finfo(torch.float32).max, layers=1, tokens=1)
 for to_pages in (False, True):
-    ptx("_move_exact", N=16, HEADS=8, UNITS=128, UNITS_PER_VALUE=1, TO_PAGES=to_pages, BLOCK_R=16, BLOCK_U=128)
+    ptx("_move_exact", N=16, TABLED=to_pages, HEADS=8, UNITS=128, UNITS_PER_VALUE=1, TO_PAGES=to_pages, BLOCK_R=16, BLOCK_U=128)
 """
 
 
@@ -73,7 +75,7 @@ def compiled(tmp_path_factory) -> list[str]:
 
 
 def test_no_multiply_add_is_fused_and_no_subnormal_flushed(compiled):
-    assert len(compiled) == 8
+    assert len(compiled) == 10
     for ptx in compiled:
         found = set(re.findall(r"\b(?:fma|mad|\w+(?:\.\w+)*\.ftz)[.\w]*", ptx))
         assert not {name for name in found if "f32" in name}, ptx.split()[0]
