@@ -10,6 +10,7 @@ waits.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,8 @@ from dynamo_kvtc.codec.warm import compile_all
 from dynamo_kvtc.errors import ConfigError, RecordCorruptError, RecordError, RecordMismatchError
 from dynamo_kvtc.store import Lease
 from dynamo_kvtc.tier.transcode import Block, GroupDecoder, Promise, Put, check_whole, place
+
+log = logging.getLogger(__name__)
 
 _ALIGNMENT = 16
 _PROVERS = max(1, min(8, (os.cpu_count() or 1) // 2))
@@ -107,10 +110,13 @@ class CudaTranscoder:
                     place(part, self._codec.cache.table)
                     encoded = self._codec.encode(self._blocks(part, encoding=True), self._out, 0)
                     encoded.finish()
-            except ConfigError:
+            except ConfigError as exc:
                 # Records that code badly, or are exact by policy, may need more room than all of them have.
                 if len(part) == 1:
-                    raise
+                    log.warning("a block is not coded: %s", exc)
+                    stored += put([(part[0].key, b"")])
+                    sizes.append(0)
+                    continue
                 middle = len(part) // 2
                 waiting[:0] = [part[:middle], part[middle:]]
                 continue

@@ -113,8 +113,8 @@ class Transcoder(Protocol):
         ...
 
     def encode(self, staged: Any, put: Put) -> tuple[list[bool], list[int], ExactCounts]:
-        """Records of the blocks handed to ``put``, some at a time, in order: what it said, their lengths, exact tokens
-        by reason (those of exact blocks are not counted)."""
+        """Records of the blocks handed to ``put``, some at a time, in order, an empty one for a block that is too large
+        to be coded: what it said, their lengths, exact tokens by reason (those of exact blocks are not counted)."""
         ...
 
     def promise(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dynamo_kvtc.errors import RecordError
-from dynamo_kvtc.store import Lease, release_all
+from dynamo_kvtc.store import MAX_RECORD_BYTES, Lease, release_all
 from dynamo_kvtc.store.tiered import TieredStore
 from dynamo_kvtc.tier.estimate import Estimate
 from dynamo_kvtc.tier.lane import Closed, TooLate
@@ -31,15 +31,19 @@ class Work:
         """Keys that are not stored. staged: of the blocks, and after them of their exact copies; wanted: whether they
         still are to be stored."""
         began = time.monotonic()
-        left = len(blocks)
+        left, unfit = len(blocks), 0
 
         def put(items: Sequence[tuple[bytes, memoryview | bytes]]) -> list[bool]:
-            nonlocal left
+            nonlocal left, unfit
             ours, exact = items[:left], items[left:]
             left -= len(ours)
             if not wanted():
                 return [False] * len(items)
-            stored = self._store.put_many(ours) + self._overlay.put_many(exact)
+            # Other blocks must not suffer from one whose record no store takes.
+            fit = [0 < len(record) <= MAX_RECORD_BYTES for _, record in ours]
+            unfit += fit.count(False)
+            told = iter(self._store.put_many([item for item, fits in zip(ours, fit, strict=True) if fits]))
+            stored = [fits and next(told) for fits in fit] + self._overlay.put_many(exact)
             if wanted():
                 return stored
             # Cleared in the middle of it.
@@ -54,7 +58,13 @@ class Work:
         m.count("kvtc_raw_bytes", len(blocks) * self.transcoder.raw_block_bytes, "in")
         m.count("kvtc_coded_bytes", sum(sizes), "in")
         m.count("kvtc_stored_blocks", sum(stored), "stored")
-        m.count("kvtc_stored_blocks", len(stored) - sum(stored), "no_room" if wanted() else "failed")
+        if unfit:
+            log.warning(
+                "%d blocks cannot be stored: their records would have more than %d bytes", unfit, MAX_RECORD_BYTES
+            )
+            m.count("kvtc_errors", unfit, "encode_too_large")
+            m.count("kvtc_stored_blocks", unfit, "failed")
+        m.count("kvtc_stored_blocks", len(stored) - sum(stored) - unfit, "no_room" if wanted() else "failed")
         for reason in ("policy", "nonfinite", "error_bound"):
             m.count("kvtc_exact_tokens", getattr(exact, reason), reason)
         return [block.key for block, yes in zip(blocks, stored, strict=True) if not yes]

@@ -44,7 +44,8 @@ def ptx(name, **constants):
     print("KERNEL", name)
     print(made.asm["ptx"])
 
-common = {"N": 16, "TABLED": False, "PAIRS": 64, "D": 128, "INTERLEAVED": False, "ALIGN": 16, "BLOCK_T": 8, "BLOCK_D": 128}
+common = {"N": 16, "TABLED": False, "PAIRS": 64, "D": 128, "INTERLEAVED": False, "ALIGN": 16, "BLOCK_T": 8}
+common["BLOCK_D"] = 128
 ptx("_gather_fixed", **common, ALL_HEADS=8, HEADS=2, KIND=2)
 ptx("_gather_fixed", **{**common, "D": 96, "PAIRS": 20, "INTERLEAVED": True}, ALL_HEADS=3, HEADS=1, KIND=0)
 ptx("_gather_fixed", **{**common, "TABLED": True}, ALL_HEADS=8, HEADS=2, KIND=2)
@@ -55,7 +56,8 @@ ptx("_scatter_rows", **common, HEADS=8, KIND=1, TOP=torch.finfo(torch.float16).m
 ptx("_gather_fixed", **common, ALL_HEADS=1, HEADS=1, KIND=1, layers=1, tokens=1, wide=1, first_layer=1)
 ptx("_scatter_rows", **common, HEADS=1, KIND=0, TOP=torch.finfo(torch.float32).max, layers=1, tokens=1)
 for to_pages in (False, True):
-    ptx("_move_exact", N=16, TABLED=to_pages, HEADS=8, UNITS=128, UNITS_PER_VALUE=1, TO_PAGES=to_pages, BLOCK_R=16, BLOCK_U=128)
+    units = {"UNITS": 128, "UNITS_PER_VALUE": 1, "BLOCK_R": 16, "BLOCK_U": 128}
+    ptx("_move_exact", N=16, TABLED=to_pages, HEADS=8, TO_PAGES=to_pages, **units)
 """
 
 

@@ -104,6 +104,20 @@ def test_exact_records_bit_for_bit_and_more_than_fits_the_scratch(engine):
     tier.close()
 
 
+def test_a_block_that_does_not_fit_costs_no_other(engine):
+    tier = engine.tier()
+    blocks = engine.sequence(tier, 4)
+    engine.paged.k[0][blocks[2].block_id] = float("nan")
+    # Room for a coded record, not for one with every token exact.
+    tier.transcoder._out = tier.transcoder._out[: tier.transcoder.raw_block_bytes * 3 // 4]
+    assert store(tier, blocks) == [blocks[2].key]
+    assert tier.lookup([b.key for b in blocks]) == ["host"] * 2
+    assert tier.lookup([blocks[3].key]) == ["host"]
+    assert tier.metrics.value("kvtc_stored_blocks", "failed") == 1
+    assert tier.metrics.value("kvtc_errors", "encode_too_large") == 1
+    tier.close()
+
+
 def test_the_tail_is_exact_beside_the_same_coded_records(engine):
     tier = engine.tier()
     blocks = engine.sequence(tier, 4)

@@ -271,3 +271,19 @@ def test_closing_with_transfers_in_flight(engine, folder):
     assert not tier.load(blocks[:1], Answer())
     assert tier.lookup([blocks[0].key]) == []
     assert tier.close()
+
+
+def test_a_record_that_no_store_takes_costs_no_other(monkeypatch):
+    engine = Engine(case_seed())
+    tier = engine.tier()
+    blocks = engine.sequence(tier, 5)
+    bad = engine.k[:, :, 2 * BLOCK_TOKENS : 3 * BLOCK_TOKENS].clone()
+    engine.pages.write([blocks[2].block_id], bad * float("nan"), bad)
+    monkeypatch.setattr("dynamo_kvtc.tier.work.MAX_RECORD_BYTES", tier.transcoder.raw_block_bytes)
+    assert store(tier, blocks) == [blocks[2].key]
+    assert tier.lookup([b.key for b in blocks]) == ["host"] * 2
+    assert tier.lookup([b.key for b in blocks[3:]]) == ["host"] * 2
+    assert tier.metrics.value("kvtc_stored_blocks", "stored") == 4
+    assert tier.metrics.value("kvtc_stored_blocks", "failed") == 1
+    assert tier.metrics.value("kvtc_errors", "encode_too_large") == 1
+    tier.close()
