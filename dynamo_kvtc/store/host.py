@@ -177,8 +177,9 @@ class HostStore(Store):
                     self._name(key, slot, source.nbytes)
             return [not self._closed and key in shelf.slots for key, _ in sources[: len(slots)]]
 
-    def reserve(self, key: bytes, nbytes: int, spare: bool = False) -> Reservation | None:
-        """Room for a record of at most nbytes; None if it cannot be made, or if the key is there already.
+    def reserve(self, key: bytes, nbytes: int) -> Reservation | None:
+        """Room for a record of at most nbytes, where spare records are at most; None if there is none, or if the key
+        is there already. No other record goes for what may never come: ``put`` it once it is here.
 
         Several may write the same key: the first to commit wins, the others' commits are True and change nothing.
         """
@@ -187,7 +188,7 @@ class HostStore(Store):
         with self._lock:
             if self._closed or key in self._shelf.slots:
                 return None
-        slot = self._make_room(nbytes, spare)
+        slot = self._make_room(nbytes, spare=False, evict=False)
         if slot == NONE:
             return None
         offset = self._offset(slot)
@@ -292,8 +293,9 @@ class HostStore(Store):
             self._closed = True
         return True
 
-    def _make_room(self, nbytes: int, spare: bool) -> int:
-        """A pinned slot, or NONE. Where leases leave no stretch of that length, no more than an eighth is evicted."""
+    def _make_room(self, nbytes: int, spare: bool, evict: bool = True) -> int:
+        """A pinned slot, or NONE. evict: whether a lasting record may go for another. Where leases leave no stretch of
+        that length, no more than an eighth is evicted."""
         shelf = self._shelf
         units = shelf.units(nbytes)
         patience = shelf.extents.units // 8 + 4 * units
@@ -306,9 +308,9 @@ class HostStore(Store):
                     slot = shelf.take(nbytes, spare)
                 if slot != NONE:
                     return slot
-                victim = shelf.oldest(spare_only=spare)
+                victim = shelf.oldest(spare_only=spare or not evict)
                 if victim == NONE or patience <= 0 or units > shelf.extents.units:
-                    self._counts["refused"] += not spare
+                    self._counts["refused"] += evict and not spare
                     return NONE
                 key, lasting = shelf.keys[victim], not shelf.spare[victim]
                 shelf.drop(victim)

@@ -1,4 +1,7 @@
-"""Room for a record that another worker sends: in the host's arena where there is some, so that it is kept in place."""
+"""Room for a record that another worker sends: in the host's arena where there is some, so that it is kept in place.
+
+Where the host is full its records stay until the one that is to come is here and proven: until then it has memory of
+its own."""
 
 from __future__ import annotations
 

@@ -55,6 +55,22 @@ def test_written_in_place_and_shrunk():
     assert store.reserve(key_of(1), 10) is None
 
 
+def test_no_record_goes_for_one_that_may_never_come():
+    store, i = host(), 0
+    while not store.stats().evictions:
+        i += 1
+        assert store.put(key_of(i), record_of(i, 60_000))
+    before, held = store.stats(), store.held()
+    assert store.reserve(key_of(0), 60_000) is None
+    assert (store.stats().evictions, store.stats().refused, store.held()) == (before.evictions, before.refused, held)
+    # What is spare may go.
+    store.remove(key_of(i))
+    assert store.put(key_of(i), record_of(i, 60_000), spare=True)
+    with store.reserve(key_of(0), 60_000) as room:
+        assert room.record.nbytes == 60_000
+    assert store.stats().evictions == before.evictions
+
+
 def test_a_reservation_ends_once():
     store = host()
     with store.reserve(key_of(1), 1000) as room:
@@ -191,7 +207,9 @@ def test_threads_evict_and_write_in_place():
                         wrong.append(i)
                 continue
             room = store.reserve(key_of(i), 64_000)
-            if room is not None:
+            if room is None:
+                store.put(key_of(i), records[i])
+            else:
                 with room:
                     room.record[: len(records[i])] = records[i]
                     if rng.random() < 0.9:
@@ -248,7 +266,9 @@ class HostModel(RuleBasedStateMachine):
 
     @rule(key=keys, size=st.integers(1, 60_000), share=st.floats(0.01, 1), commit=st.booleans())
     def reserve(self, key, size, share, commit):
+        before = dict(self.model)
         room = self.store.reserve(key, size)
+        assert self.model == before
         if room is not None:
             actual = max(1, int(size * share))
             room.record[:actual] = record_of(size, actual)
