@@ -95,6 +95,7 @@ SHAPES = [
     (KVShape(1, 1, 128, "float32"), 15, None, 4, None),
     (KVShape(3, 2, 64, "bfloat16"), 18, ((0, 2), (2, 3)), 1, True),
     (KVShape(2, 1, 64, "bfloat16"), 1, None, 8, False),
+    (KVShape(1, 1, 256, "bfloat16"), 9, None, 1, None),
 ]
 
 

@@ -10,7 +10,7 @@ from dynamo_kvtc.hf.model import load_model
 from tests.conftest import build_tiny_module
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama3", "yarn", "llama-head-dim", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "llama3", "yarn", "llama-head-dim", "qwen3", "gemma2"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_it_says_what_the_model_says(kind, dtype, tmp_path, byte_tokenizer):
     build_tiny_module(kind).save_pretrained(tmp_path / kind)

@@ -42,7 +42,7 @@ class Likelihood:
 
 
 # yarn has an attention scaling other than 1; cohere turns neighbouring dims; glm leaves half of the dims unturned.
-@pytest.mark.parametrize("kind", ["llama", "yarn", "qwen3", "cohere", "glm"])
+@pytest.mark.parametrize("kind", ["llama", "yarn", "qwen3", "gemma2", "cohere", "glm"])
 def test_equals_finite_differences(tiny_module, kind):
     model = wrap_model(tiny_module(kind), None, kind)
     gk, gv = model.fisher_gradients(CONTEXT, CONTINUATION, torch.Generator().manual_seed(5))
