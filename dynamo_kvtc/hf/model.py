@@ -160,7 +160,8 @@ class Model:
 
     def _check_place(self, k: Tensor, position: int) -> None:
         """transformers counts a window in the tokens that the cache holds, not in positions."""
-        if getattr(self.module.config, "sliding_window", None) is not None and k.shape[2] != position:
+        window = getattr(self.module.config, "sliding_window", None)
+        if window is not None and window < self.max_positions and k.shape[2] != position:
             raise ConfigError(
                 f"{k.shape[2]} tokens are cached, and the next is at position {position}: a model with sliding windows "
                 "must have all of them"

@@ -15,7 +15,7 @@ from dynamo_kvtc.tier.estimate import Estimate
 from dynamo_kvtc.tier.lane import Closed, TooLate
 from dynamo_kvtc.tier.metrics import TierMetrics
 from dynamo_kvtc.tier.overlay import Overlay
-from dynamo_kvtc.tier.transcode import Block, Promise, Transcoder, release_promises
+from dynamo_kvtc.tier.transcode import Block, Promise, Put, Transcoder, release_promises
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +39,9 @@ class Work:
             left -= len(ours)
             if not wanted():
                 return [False] * len(items)
-            # Other blocks must not suffer from one whose record no store takes.
-            fit = [0 < len(record) <= MAX_RECORD_BYTES for _, record in ours]
-            unfit += fit.count(False)
-            told = iter(self._store.put_many([item for item, fits in zip(ours, fit, strict=True) if fits]))
-            stored = [fits and next(told) for fits in fit] + self._overlay.put_many(exact)
+            unfit += sum(not _fits(item) for item in ours)
+            stored = _put_those_that_fit(ours, self._store.put_many)
+            stored += _put_those_that_fit(exact, self._overlay.put_many)
             if wanted():
                 return stored
             # Cleared in the middle of it.
@@ -187,3 +185,14 @@ class Work:
         else:
             log.error("%s failed", where, exc_info=why)
         self.metrics.count("kvtc_errors", 1, f"{where}_{type(why).__name__}")
+
+
+def _fits(item: tuple[bytes, memoryview | bytes]) -> bool:
+    """Whether there is a record, and stores take it."""
+    return 0 < len(item[1]) <= MAX_RECORD_BYTES
+
+
+def _put_those_that_fit(items: Sequence[tuple[bytes, memoryview | bytes]], put: Put) -> list[bool]:
+    """Other blocks must not suffer from one whose record no store takes."""
+    stored = iter(put([item for item in items if _fits(item)]))
+    return [_fits(item) and next(stored) for item in items]

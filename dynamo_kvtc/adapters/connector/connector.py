@@ -40,7 +40,8 @@ class Step(KVConnectorMetadata):
 
     loads: list[LoadOrder] = field(default_factory=list)
     stores: list[StoreOrder] = field(default_factory=list)
-    preempted: set[str] = field(default_factory=set)
+    awaited: set[int] = field(default_factory=set)
+    """Numbers of earlier stores that must have read their pages before this step writes."""
 
 
 class KvtcConnector(KVConnectorBase_V1, *_HYBRID):  # type: ignore[misc]
@@ -95,7 +96,7 @@ class KvtcConnector(KVConnectorBase_V1, *_HYBRID):  # type: ignore[misc]
             raise ConfigError("register_kv_caches was called twice; this connector keeps one set of pages")
         options, config = self._options, self._vllm_config
         groups = groups_of(self._kv_cache_config, options)
-        if groups.windows and not _HYBRID:
+        if groups.window and not _HYBRID:
             raise UnsupportedModelError("all layers have sliding windows: this needs vLLM 0.31")
         engine = facts_of(config, self._kv_cache_config, groups)
         artifact = load_artifact(options.tier.artifact, engine.rank)
@@ -111,7 +112,7 @@ class KvtcConnector(KVConnectorBase_V1, *_HYBRID):  # type: ignore[misc]
         node.tier = open_tier(
             options.tier, cache, pages, artifact, node.metrics, node.router.moved, node.router.removed,
             # Pages that a window leaves behind are soon another request's: stores are to be over by then.
-            engine_first=options.nats is None and not groups.windows,
+            engine_first=options.nats is None and not groups.window,
         )  # fmt: skip
         try:
             node.cluster = open_cluster(options, node.tier, artifact)
@@ -135,8 +136,8 @@ class KvtcConnector(KVConnectorBase_V1, *_HYBRID):  # type: ignore[misc]
         return step
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
-        if kv_connector_metadata.preempted:
-            self._moving.preempted(kv_connector_metadata.preempted)
+        if kv_connector_metadata.awaited:
+            self._moving.wait_stores(kv_connector_metadata.awaited)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         self._moving.begin_loads(self._step.loads)

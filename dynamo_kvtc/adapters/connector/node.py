@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -38,7 +39,8 @@ class Node:
         self.loading = 0
         """Requests whose load the worker has begun and not yet told of as ended."""
         self._failed: set[str] = set()
-        self._storing: dict[str, int] = {}
+        self._storing: dict[int, str] = {}
+        self._numbers = itertools.count()
         self._not_stored: list[tuple[str, int]] = []
         self._waited_for: set[str] = set()
         self._refreshed = 0.0
@@ -81,40 +83,40 @@ class Node:
 
     # Pages that a store reads must stay what they are: from its order on, for a step may end after the request has.
 
-    def store_ordered(self, request: str) -> None:
+    def store_ordered(self, request: str) -> int:
+        """The order's number."""
         with self._changed:
-            self._storing[request] = self._storing.get(request, 0) + 1
+            number = next(self._numbers)
+            self._storing[number] = request
+            return number
 
-    def storing(self) -> set[str]:
+    def storing(self) -> dict[int, str]:
+        """Orders whose pages are read, or will be: number -> request."""
         with self._changed:
-            return set(self._storing)
+            return dict(self._storing)
 
-    def store_freed(self, request: str) -> None:
+    def store_freed(self, number: int) -> None:
         with self._changed:
-            left = self._storing.get(request, 0) - 1
-            if left > 0:
-                self._storing[request] = left
-            else:
-                self._storing.pop(request, None)
+            del self._storing[number]
             self._changed.notify_all()
 
     def finish(self, request: str) -> bool:
         """Whether its pages are still read: then ``take_freed`` names it when they are not."""
         with self._changed:
-            if request not in self._storing:
+            if request not in self._storing.values():
                 return False
             self._waited_for.add(request)
             return True
 
     def take_freed(self) -> set[str]:
         with self._changed:
-            freed = {r for r in self._waited_for if r not in self._storing}
+            freed = self._waited_for.difference(self._storing.values())
             self._waited_for -= freed
         return freed
 
-    def wait_freed(self, requests: Collection[str], timeout: float) -> bool:
+    def wait_freed(self, orders: Collection[int], timeout: float) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: not any(r in self._storing for r in requests), timeout)
+            return self._changed.wait_for(lambda: not any(number in self._storing for number in orders), timeout)
 
     def take_stats(self) -> list[tuple[str, str, float, tuple[str, ...]]]:
         now = time.monotonic()

@@ -27,10 +27,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoreOrder:
-    """Blocks of one request that this step completes."""
+    """Blocks of one request that this step completes. number: of the order, with the node."""
 
     request: str
     blocks: list[Block]
+    number: int
 
 
 @dataclass
@@ -67,8 +68,8 @@ class Scheduler:
         self._layerwise = node.options.load == LAYERWISE
         self._states: dict[str, _State] = {}
         self._orders: dict[str, LoadOrder] = {}
-        self._read: dict[int, str] = {}
-        """Where a model has windows: pages that stores read, and whose request's they were."""
+        self._read: dict[int, int] = {}
+        """Where a model has windows: pages that stores read, and the store's number."""
 
     def on_new_request(self, request: Any) -> None:
         wish = wish_of(request.kv_transfer_params, request.request_id)
@@ -79,8 +80,10 @@ class Scheduler:
         state = self._state(request)
         if state.wish.off or state.refused:
             return 0, False
-        # One token at least is computed, for it gives the next one; of a whole load vLLM sees to that itself.
-        end = min((request.num_tokens - self._layerwise) // self._n, len(request.block_hashes))
+        # One token at least is computed, for it gives the next one. Of a whole load vLLM sees to that itself, but takes
+        # the window's pages to be those of the token after.
+        less = self._layerwise or bool(self._node.groups.window)
+        end = min((request.num_tokens - less) // self._n, len(request.block_hashes))
         keys = self._keys(state, end)[computed // self._n :]
         if not keys:
             return 0, False
@@ -99,33 +102,34 @@ class Scheduler:
         count = external // self._n
         pages = self._node.groups.pages(block_ids)
         blocks = [self._block(key, pages, i) for i, key in enumerate(match.keys[:count], match.first)]
+        self._node.tier.touch([b.key for b in blocks if b.key not in match.remote])
         # What no layer looks at any more need not come.
         blocks = [b for b in blocks if b.block_id != NO_PAGE]
         remote = {b.key: match.remote[b.key] for b in blocks if b.key in match.remote}
         self._orders[request.request_id] = LoadOrder(request.request_id, blocks, remote, self._layerwise)
         # They are in the tier, or on their way into it.
         state.next_store = match.first + count
-        self._node.tier.touch([b.key for b in blocks if b.key not in remote])
         if self._node.router.on:
             for i in range(match.first, match.first + count):
                 self._name(state, i)
 
-    def build(self, output: Any) -> tuple[list[LoadOrder], list[StoreOrder], set[str]]:
-        """Of this step: loads to begin, blocks to store when it is computed, and requests that lose their pages."""
+    def build(self, output: Any) -> tuple[list[LoadOrder], list[StoreOrder], set[int]]:
+        """Of this step: loads to begin, blocks to store when it is computed, and stores before it that must have read
+        their pages, because others have these now."""
         loads, self._orders = list(self._orders.values()), {}
         stores = []
-        preempted = set(output.preempted_req_ids or ())
-        windows = self._node.groups.windows
-        if windows:
-            storing = self._node.storing()
-            self._read = {page: rid for page, rid in self._read.items() if rid in storing}
-            for load in loads:
-                preempted |= self._readers(page for b in load.blocks for page in (b.block_id, *b.others))
+        before, gone = self._node.storing(), set(output.preempted_req_ids or ())
+        awaited = {number for number, rid in before.items() if rid in gone}
+        windows = bool(self._node.groups.window)
+        # What a window has left behind is another's when the engine says so, and only then.
+        self._read = {page: number for page, number in self._read.items() if number in before}
+        awaited |= self._readers(page for load in loads for b in load.blocks for page in (b.block_id, *b.others))
         for rid, block_ids, computed, fresh in _rows(output):
             state = self._states.get(rid)
             new = self._node.groups.pages(block_ids) if block_ids else []
-            if windows:
-                preempted |= self._readers(page for pages in new for page in pages)
+            # Of all of a request's pages the first are found, or were looked at when their load was ordered.
+            written = computed // self._n if fresh else 0
+            awaited |= self._readers(page for pages in new for page in pages[written:])
             if state is None:
                 continue
             if fresh:
@@ -134,16 +138,15 @@ class Scheduler:
                     state.next_store = 0
             if new:
                 have = state.pages or [[] for _ in new]
-                state.pages = [before + more for before, more in zip(have, new, strict=True)]
-            order = self._stores(state, computed, output.num_scheduled_tokens[rid])
-            if order is not None:
-                stores.append(order)
-                self._node.store_ordered(rid)
-                if windows:
-                    self._read |= {page: rid for b in order.blocks for page in (b.block_id, *b.others)}
+                state.pages = [old + more for old, more in zip(have, new, strict=True)]
+            blocks = self._stores(state, computed, output.num_scheduled_tokens[rid])
+            if blocks:
+                stores.append(StoreOrder(rid, blocks, self._node.store_ordered(rid)))
+        if windows:
+            self._read |= {page: x.number for x in stores for b in x.blocks for page in (b.block_id, *b.others)}
         if not output.total_num_scheduled_tokens and not loads:
             self._wait_a_little()
-        return loads, stores, preempted
+        return loads, stores, awaited
 
     def reported(self) -> None:
         """The worker has told what became of a step's loads, and what of its stores it left out."""
@@ -255,33 +258,33 @@ class Scheduler:
             out.append(Remote(told.size, (*told.holders, *(h for h in others if h not in told.holders))))
         return out
 
-    def _readers(self, pages: Iterable[int]) -> set[str]:
-        """Requests whose stores may still read pages that are given to others now: a window has left them behind."""
-        return {self._read[page] for page in pages if page in self._read}
+    def _readers(self, pages: Iterable[int]) -> set[int]:
+        """Stores that may still read pages that are given to others now."""
+        return {self._read[page] for page in pages if page in self._read} if self._read else set()
 
     def _block(self, key: bytes, pages: Sequence[Sequence[int]], i: int) -> Block:
         return Block(key, pages[0][i], i * self._n, others=tuple(group[i] for group in pages[1:]))
 
-    def _stores(self, state: _State, computed: int, scheduled: int) -> StoreOrder | None:
-        """The blocks that are whole once what is scheduled is computed."""
-        request, tier = state.request, self._node.tier
+    def _stores(self, state: _State, computed: int, scheduled: int) -> list[Block]:
+        """The blocks that are whole once what is scheduled is computed, and are to be stored."""
+        request, tier, window = state.request, self._node.tier, self._node.groups.window
         have = min(map(len, state.pages), default=0)
         end = min((computed + scheduled) // self._n, len(request.block_hashes), have)
         first, state.next_store = state.next_store, max(state.next_store, end)
-        if self._node.groups.windows:
-            # Of blocks before this step's a window may have left pages behind.
-            first = max(first, computed // self._n)
         if state.wish.off or first >= end:
-            return None
+            return []
+        # Of blocks before this a window may have taken pages; they are used all the same.
+        held = max(0, computed - window + 1) // self._n if window else 0
         keys = self._keys(state, end)[first:]
         admitted = tier.admit(keys, request.num_tokens, wanted=state.wish.handed_on)
         blocks = []
         for i, (key, yes) in enumerate(zip(keys, admitted, strict=True), first):
             if self._node.router.on:
                 self._name(state, i)
-            if yes:
-                blocks.append(self._block(key, state.pages, i))
-        return StoreOrder(request.request_id, blocks) if blocks else None
+            block = self._block(key, state.pages, i)
+            if yes and i >= held and NO_PAGE not in (block.block_id, *block.others):
+                blocks.append(block)
+        return blocks
 
     def _name(self, state: _State, i: int) -> None:
         hashes, tokens = state.request.block_hashes, state.request.all_token_ids

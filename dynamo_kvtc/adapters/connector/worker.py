@@ -62,13 +62,13 @@ class Worker:
         if not sound:
             for order in orders:
                 self.node.not_stored(order.request, order.blocks[0].first_position)
-                self.node.store_freed(order.request)
+                self.node.store_freed(order.number)
             return
         fence = tier.fence()
         for order in orders:
 
-            def free(request: str = order.request) -> None:
-                self.node.store_freed(request)
+            def free(number: int = order.number) -> None:
+                self.node.store_freed(number)
                 self.node.change()
 
             if not tier.store(order.blocks, free=free, fence=fence):
@@ -100,10 +100,10 @@ class Worker:
     def take_stats(self) -> list[tuple[str, str, float, tuple[str, ...]]]:
         return self.node.take_stats()
 
-    def preempted(self, requests: Collection[str]) -> None:
+    def wait_stores(self, orders: Collection[int]) -> None:
         """Raises EngineTimeoutError: to go on would let others write into pages that are still read."""
-        if not self.node.wait_freed(requests, WAIT_SECONDS):
-            raise EngineTimeoutError(f"pages of {sorted(requests)} are still read after {WAIT_SECONDS:.0f} s")
+        if not self.node.wait_freed(orders, WAIT_SECONDS):
+            raise EngineTimeoutError(f"pages of stores {sorted(orders)} are still read after {WAIT_SECONDS:.0f} s")
 
     def close(self) -> bool:
         for load in [*self._running.values(), *self._gates]:
@@ -121,7 +121,7 @@ class Worker:
     def _note(self, load: Load) -> None:
         if load.failed:
             log.info("%s: %d blocks could not be loaded and are computed", load.order.request, len(load.failed))
-            if self.node.groups.windows:
+            if self.node.groups.window:
                 self._failed_requests.add(load.order.request)
             else:
                 self._failed_blocks.update(b.block_id for b in load.failed)

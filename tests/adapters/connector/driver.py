@@ -112,9 +112,9 @@ class Driver:
         return False
 
     def groups(self) -> list[Any]:
-        """Of each cache group its layers, and whether some of them see a window only."""
+        """Of each cache group its layers, and the smallest window."""
         groups = self.node.groups
-        return [[len(names) for names in groups.names], groups.windows]
+        return [[len(names) for names in groups.names], groups.window]
 
     def spoil(self, one_in: int) -> int:
         """A bit of each so many-th record in host memory is flipped; how many."""

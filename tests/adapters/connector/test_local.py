@@ -65,7 +65,7 @@ def test_layers_with_windows_have_pages_of_their_own(start, any_artifact, model,
         "disk_path": str(tmp_path / "disk"),
     }  # fmt: skip
     engine = start("one", extra, of=of, engine={"device_blocks": 120}).ready()
-    assert engine("groups") == [[15, 15] if windows == "some" else [30], True]
+    assert engine("groups") == [[15, 15] if windows == "some" else [30], 256]
     # Chunks of 256 tokens in batches: a window leaves pages behind while a prompt is computed.
     prompts = [prompt_of(i, n) for i, n in enumerate((129, 481, 700))]
     whole = [128, 480, 672]
@@ -90,6 +90,12 @@ def test_layers_with_windows_have_pages_of_their_own(start, any_artifact, model,
     back = engine("run", [longer], 4)[0]
     assert back[2] == here[2] == 512
     assert same([here], [back]) == [True]
+
+    # Two new prompts that begin alike, in one step: the second has the first one's pages, which are about to be stored.
+    alike = [prompt_of(7, 96) + prompt_of(8 + i, 64) for i in range(2)]
+    fresh = engine("run", alike)
+    engine("forget")
+    assert [r[0] for r in engine("run", alike)] == [r[0] for r in fresh]
 
     engine("forget")
     assert engine("spoil", 3) > 0

@@ -54,13 +54,15 @@ def test_pages_are_not_given_back_while_a_store_reads_them():
 
     node = Node(parse_connector({"artifact": "a", "host_gib": 1}), False)
     assert not node.finish("idle")
-    node.store_ordered("r")
-    node.store_ordered("r")
+    first, second = node.store_ordered("r"), node.store_ordered("r")
+    assert node.storing() == {first: "r", second: "r"}
     assert node.finish("r")
     assert node.take_freed() == set()
-    node.store_freed("r")
-    assert not node.wait_freed(["r"], 0.01)
-    threading.Timer(0.05, node.store_freed, ["r"]).start()
-    assert node.wait_freed(["r", "idle"], 20)
+    node.store_freed(first)
+    assert node.wait_freed([first], 0.01)
+    assert not node.wait_freed([first, second], 0.01)
+    assert node.take_freed() == set()
+    threading.Timer(0.05, node.store_freed, [second]).start()
+    assert node.wait_freed([second], 20)
     assert node.take_freed() == {"r"}
     assert node.take_freed() == set()
