@@ -210,8 +210,19 @@ def windows(case: Case) -> dict[str, Any]:
     return out
 
 
+def refused(case: Case) -> dict[str, Any]:
+    """What the engine says at start. More: what to change of the mover's options and of the engine's."""
+    coding, extra = case.more
+    budget(case, CPU_CACHE_GB=0.25, DISK_CACHE_GB=0.25)
+    try:
+        engine(case, 40, coding, **extra)
+    except Exception as exc:
+        return {"error": f"{type(exc).__name__}: {exc}"}
+    return {"error": "not refused"}
+
+
 def main() -> None:
-    engine_driver.play({scenario.__name__: scenario for scenario in (exact, lossy, windows, two_ranks)})
+    engine_driver.play({scenario.__name__: scenario for scenario in (exact, lossy, windows, refused, two_ranks)})
 
 
 if __name__ == "__main__":
