@@ -157,7 +157,7 @@ def test_a_load_past_its_deadline_is_not_begun(engine):
     store(tier, blocks)
     gate = threading.Event()
     good = tier.transcoder.promise
-    tier.transcoder.promise = lambda *what: (gate.wait(20), good(*what))[1]
+    tier.transcoder.promise = lambda *what: (gate.wait(60), good(*what))[1]
     first, late = Answer(), Answer()
     tier.load(blocks[:1], first)
     tier.load(blocks, late, deadline=time.monotonic() + 0.05)
@@ -182,7 +182,7 @@ def test_closing_a_tier_that_hangs_is_over_in_time(engine):
     assert tier.store(blocks[2:], waiting)
     began = time.monotonic()
     assert not tier.close(1.0)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 15
     assert sorted(waiting.get(1)) == sorted(b.key for b in blocks[2:])
     gate.set()
     # It ends with its blocks refused: the store is closed.
@@ -198,10 +198,10 @@ def test_a_slow_disk_is_given_up(engine, folder):
     data = tier._store.disk._data
     gate = threading.Event()
     data.read_cached = lambda *what: False
-    data.read = lambda *what: gate.wait(5) and False
+    data.read = lambda *what: gate.wait(30) and False
     began = time.monotonic()
     assert sorted(load(tier, blocks)) == sorted(b.key for b in blocks)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     # Stores and the host's records go on meanwhile.
     other = engine.sequence(tier, 4, name=1)
     assert store(tier, other) == []
