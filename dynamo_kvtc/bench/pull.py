@@ -53,10 +53,12 @@ class PullCase:
 
 @dataclass(frozen=True)
 class PullRow:
-    """mb_s: median; over_plain: of the plain copy's median; first_group: median share of the time until layer group 0
-    of all records was here and proven; cpu: seconds of this process's CPU for a second of the pull."""
+    """whole: record by record, not layer group by layer group; mb_s: median; over_plain: of the plain copy's median;
+    first_group: median share of the time until layer group 0 of all records was here and proven; cpu: seconds of this
+    process's CPU for a second of the pull."""
 
     plane: str
+    whole: bool
     record_bytes: int
     mb_s: float
     over_plain: float
@@ -98,38 +100,43 @@ def measure(case: PullCase, say: Callable[[str], None] = lambda told: None) -> l
         if plain.into != whole:
             raise ConfigError("the plain copy does not bring the holder's bytes")
         for name, puller in pullers.items():
-            _pull(puller, wanted, slots)
-            if any(slot != record for slot, record in zip(slots, records.values(), strict=True)):
-                raise ConfigError(f"plane {name} does not bring the holder's bytes")
-        seconds: dict[str, list[tuple[float, float | None, float]]] = {}
+            for way in (False, True):
+                for slot in slots:
+                    slot[:] = bytes(len(slot))
+                _pull(puller, wanted, slots, way)
+                if any(slot != record for slot, record in zip(slots, records.values(), strict=True)):
+                    raise ConfigError(f"plane {name} does not bring the holder's bytes")
+        seconds: dict[tuple[str, bool], list[tuple[float, float | None, float]]] = {}
         for _ in range(case.rounds):
             begin, cpu = time.perf_counter(), time.process_time()
             plain.copy()
             took = time.perf_counter() - begin
-            seconds.setdefault("plain", []).append((took, None, (time.process_time() - cpu) / took))
+            seconds.setdefault(("plain", True), []).append((took, None, (time.process_time() - cpu) / took))
             for name, puller in pullers.items():
-                seconds.setdefault(name, []).append(_pull(puller, wanted, slots))
-    base = statistics.median(took for took, _, _ in seconds["plain"])
-    return [_row(name, case, len(whole), took, base) for name, took in seconds.items()]
+                for way in (False, True):
+                    seconds.setdefault((name, way), []).append(_pull(puller, wanted, slots, way))
+    base = statistics.median(took for took, _, _ in seconds["plain", True])
+    return [_row(name, way, case, len(whole), took, base) for (name, way), took in seconds.items()]
 
 
 def _row(
-    name: str, case: PullCase, nbytes: int, took: Sequence[tuple[float, float | None, float]], base: float
+    name: str, whole: bool, case: PullCase, nbytes: int, took: Sequence[tuple[float, float | None, float]], base: float
 ) -> PullRow:
     middle = statistics.median(seconds for seconds, _, _ in took)
     firsts = [first / seconds for seconds, first, _ in took if first is not None]
-    return PullRow(
-        name, case.record_bytes, nbytes / middle / 1e6, base / middle, statistics.median(firsts) if firsts else None,
-        statistics.median(cpu for _, _, cpu in took),
-    )  # fmt: skip
+    first = statistics.median(firsts) if firsts else None
+    cpu = statistics.median(cpu for _, _, cpu in took)
+    return PullRow(name, whole, case.record_bytes, nbytes / middle / 1e6, base / middle, first, cpu)
 
 
-def _pull(puller: Puller, wanted: Sequence[Wanted], slots: Sequence[memoryview]) -> tuple[float, float, float]:
-    """Seconds in all, to layer group 0, and of CPU for a second. Raises ConfigError."""
+def _pull(
+    puller: Puller, wanted: Sequence[Wanted], slots: Sequence[memoryview], whole: bool
+) -> tuple[float, float | None, float]:
+    """Seconds in all, to layer group 0 where they come apart, and of CPU for a second. Raises ConfigError."""
     begin, cpu = time.perf_counter(), time.process_time()
-    pull = puller.pull(wanted, _PULL_SECONDS, slots)
-    first = all(pull.wait_group(0, _PULL_SECONDS))
-    at = time.perf_counter() - begin
+    pull = puller.pull(wanted, _PULL_SECONDS, slots, whole=whole)
+    first = whole or all(pull.wait_group(0, _PULL_SECONDS))
+    at = None if whole else time.perf_counter() - begin
     told = pull.result()
     took = time.perf_counter() - begin
     if not first or any(told):

@@ -18,7 +18,7 @@ def table(rows: Sequence[PullRow], title: str = "") -> Table:
     for row in rows:
         first = "" if row.first_group is None else f"{row.first_group:.0%}"
         out.add_row(
-            row.plane,
+            f"{row.plane}, whole" if row.whole and row.plane != "plain" else row.plane,
             f"{row.record_bytes / 1e3:g}",
             f"{row.mb_s:.0f}",
             f"{row.over_plain:.2f}",

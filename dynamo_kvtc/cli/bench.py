@@ -195,7 +195,8 @@ def pull_command(
         rows += pull.measure(case, lambda told: click.echo(told, err=True))
     console.print(pull_report.table(rows))
     if codec_path is not None:
-        best = {row.plane: max(r.mb_s for r in rows if r.plane == row.plane) for row in rows if row.plane != "plain"}
+        apart = [row for row in rows if not row.whole]
+        best = {row.plane: max(r.mb_s for r in apart if r.plane == row.plane) for row in apart}
         most = {"the link alone": None, **{f"{name}, as measured here": 1e6 * rate for name, rate in best.items()}}
         for codec in json.loads(codec_path.read_text(encoding="utf-8")):
             some = pull.links(codec, gbits, delay_ms, most)

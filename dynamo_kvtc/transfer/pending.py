@@ -9,6 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import TYPE_CHECKING
 
 from dynamo_kvtc.codec.record import Record
@@ -72,9 +73,9 @@ class Pull:
 
     def __init__(
         self, puller: Puller, wanted: Sequence[Wanted], slots: Sequence[memoryview], expected: Sequence[Expected],
-        deadline: float, on_arrival: Callable[[Arrival], None] | None,
+        deadline: float, on_arrival: Callable[[Arrival], None] | None, whole: bool,
     ) -> None:  # fmt: skip
-        self.deadline = deadline
+        self.deadline, self.whole = deadline, whole
         self.streams: set[Stream] = set()
         self._puller, self._on_arrival = puller, on_arrival
         self._items = [_Item(w, Arriving(s, e)) for w, s, e in zip(wanted, slots, expected, strict=True)]
@@ -84,6 +85,7 @@ class Pull:
         self._changed = threading.Condition()
         self._told: deque[Arrival] = deque()
         self._read = False
+        # A holder's pieces: (layer group, index), or where records are whole (index, layer group).
         self._queues: dict[str, list[tuple[int, int]]] = {}
         self._queued_bytes: Counter[str] = Counter()
         self._lanes: Counter[str] = Counter()
@@ -146,7 +148,7 @@ class Pull:
             pieces: list[tuple[int, int]] = []
             charge = 0
             while queue and not self.over:
-                group, index = queue[0]
+                group, index = self._turned(*queue[0])
                 arriving = self._items[index].arriving
                 known = arriving.record is not None
                 cost = 0 if index in masks and not known else arriving.bytes_of(group)
@@ -265,7 +267,7 @@ class Pull:
             for group, index in work.pieces:
                 asked.setdefault(index, []).append(group)
             if failed is not None:
-                for group, index in self._queues.pop(holder, []):
+                for group, index in starmap(self._turned, self._queues.pop(holder, [])):
                     waiting.setdefault(index, []).append(group)
                 self._queued_bytes[holder] = 0
             if isinstance(failed, TransferRefusedError):
@@ -322,9 +324,13 @@ class Pull:
         holder = self._puller.choose([h for h in left if item.attempts[h] == fewest], self._queued_bytes)
         queue = self._queues.setdefault(holder, [])
         for group in groups:
-            heapq.heappush(queue, (group, index))
+            heapq.heappush(queue, self._turned(group, index))
         arriving = item.arriving
         self._queued_bytes[holder] += sum(map(arriving.bytes_of, groups)) if arriving.record else len(arriving.slot)
+
+    def _turned(self, a: int, b: int) -> tuple[int, int]:
+        """A piece as it is queued, and back."""
+        return (b, a) if self.whole else (a, b)
 
     def _settled(self, index: int, group: int, why: str, todo: list[Arrival]) -> None:
         self._open -= 1

@@ -1,9 +1,9 @@
 """The asker's side. ``Puller`` has what all pulls share: connections, the budget of bytes in flight, which holders have
 failed of late. ``Pull`` (pending.py) knows what one of them still wants from whom.
 
-A lane is a thread: it takes the next pieces that are wanted from its holder, in the order of layer groups, waits for
-room in the budget, asks, and hands over what comes. When its holder fails, its pieces go elsewhere, or are asked of
-it again a little later if there is nowhere else.
+A lane is a thread: it takes the next pieces that are wanted from its holder, in the order of layer groups or record by
+record, waits for room in the budget, asks, and hands over what comes. When its holder fails, its pieces go elsewhere,
+or are asked of it again a little later if there is nowhere else.
 """
 
 from __future__ import annotations
@@ -102,18 +102,19 @@ class Puller:
 
     def pull(
         self, wanted: Sequence[Wanted], timeout: float, into: Sequence[memoryview] | None = None,
-        on_arrival: Callable[[Arrival], None] | None = None,
+        on_arrival: Callable[[Arrival], None] | None = None, whole: bool = False,
     ) -> Pull:  # fmt: skip
         """Starts; does not wait. timeout: seconds until what is not here has failed. into: a writable slot of each
         record's size (a reservation's ``record`` is one); without it memory is taken, once all sizes were checked.
-        on_arrival: called for each piece, from any thread; must be quick.
+        on_arrival: called for each piece, from any thread; must be quick. whole: record by record, which costs both
+        sides less, instead of the first layers of all records first.
 
         The slots are the pull's until it has ended (``result``, or ``cancel`` has returned). Raises ConfigError.
         """
         self._check(wanted, timeout, into)
         slots = [memoryview(bytearray(w.size)) for w in wanted] if into is None else [memoryview(s) for s in into]
         expected = [Expected(self._expected.identity, w.tokens, w.first_position) for w in wanted]
-        pull = Pull(self, wanted, slots, expected, time.monotonic() + timeout, on_arrival)
+        pull = Pull(self, wanted, slots, expected, time.monotonic() + timeout, on_arrival, whole)
         with self._lock:
             if self._closed:
                 raise ConfigError("the puller is closed; make another")
@@ -232,7 +233,7 @@ class Puller:
 
     def _ask(self, pull: Pull, holder: str, work: Work) -> None:
         number = next(self._numbers) & 0xFFFFFFFF
-        ask = wire.Ask(wire.VERSION, number, self._peers.namespace, self._peers.model, work.items)
+        ask = wire.Ask(wire.VERSION, number, self._peers.namespace, self._peers.model, work.items, pull.whole)
         give_up = min(pull.deadline, time.monotonic() + self.options.ask_seconds)
         plane, address, stream, used = self._stream(holder, give_up)
         try:

@@ -147,6 +147,12 @@ class _Answer:
         items = self._ask.items
         try:
             self._missing([(i, wire.ABSENT) for i, item in enumerate(items) if not self._store.contains(item.key)])
+            if self._ask.whole:
+                for some in self._batches([i for i, left in enumerate(self._left) if left]):
+                    self._lease(some)
+                    for i in some:
+                        self._record(i)
+                    self._spent += [i for i in some if i in self._held]
             for group in range(max(left.bit_length() for left in self._left)):
                 wanted = [i for i, left in enumerate(self._left) if left >> group & 1]
                 for some in self._batches(wanted):
@@ -227,13 +233,28 @@ class _Answer:
         header = int.from_bytes(lease.record[CRC_OFFSET : CRC_OFFSET + 4], "little")
         return wire.OTHER_RECORD if item.header not in (0, header) else 0
 
+    def _record(self, i: int) -> None:
+        """What is wanted of it, in one stretch where that is all."""
+        ends, left, self._left[i] = self._ends[i], self._left[i], 0
+        if not left:
+            return
+        assert ends is not None
+        every = (1 << (len(ends) - 1)) - 1
+        if left & every == every:
+            self._stretch(i, 0, ends[-1])
+            return
+        for group in wire.groups_of(left):
+            self._piece(i, group)
+
     def _piece(self, i: int, group: int) -> None:
         ends = self._ends[i]
         assert ends is not None
         if group >= len(ends) - 1:
             self._left[i] = 0
             return
-        start, end = ends[group] if group else 0, ends[group + 1]
+        self._stretch(i, ends[group] if group else 0, ends[group + 1])
+
+    def _stretch(self, i: int, start: int, end: int) -> None:
         record = self._held[i].record
         while start < end:
             cut = min(end, start + self._room - wire.SEGMENT_ROOM)

@@ -49,11 +49,14 @@ class Item(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Ask(msgspec.Struct, tag="ask", array_like=True, frozen=True):
+    """whole: record by record, those of which all is wanted in one stretch; else layer group by layer group."""
+
     version: int
     ask: _Number
     namespace: _Name
     model: _Name
     items: Annotated[list[Item], Meta(min_length=1, max_length=MAX_KEYS)]
+    whole: bool = False
 
 
 class Missing(msgspec.Struct, tag="missing", array_like=True, frozen=True):

@@ -32,10 +32,12 @@ def test_it_measures_every_plane_beside_the_plain_copy(tmp_path):
         pytest.skip("no nats-server")
     assert done.exit_code == 0, done.output
     made = json.loads(told.read_text())
-    assert [row["plane"] for row in made["rows"]] == ["plain", "tcp", "nats"]
+    assert [(row["plane"], row["whole"]) for row in made["rows"]] == [
+        ("plain", True), ("tcp", False), ("tcp", True), ("nats", False), ("nats", True)
+    ]  # fmt: skip
     assert all(row["mb_s"] > 0 for row in made["rows"])
     assert made["rows"][0]["over_plain"] == 1
-    assert all(0 < row["first_group"] <= 1 for row in made["rows"][1:])
+    assert all(row["first_group"] is None if row["whole"] else 0 < row["first_group"] <= 1 for row in made["rows"])
     assert [row["over"] for row in made["links"]] == [
         "the link alone",
         "tcp, as measured here",

@@ -24,6 +24,14 @@ def rng():
     return random.Random(case_seed())
 
 
+@pytest.fixture(params=[False, True], ids=["groups", "records"])
+def whole(request, monkeypatch):
+    """How all pulls of a test are: layer group by layer group, or record by record."""
+    pull = Puller.pull
+    monkeypatch.setattr(Puller, "pull", lambda *what, **how: pull(*what, whole=request.param, **how))
+    return request.param
+
+
 class Field:
     """Holders in processes of their own, and askers in this one."""
 

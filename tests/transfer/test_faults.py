@@ -23,7 +23,7 @@ def same(pull, records):
     return sum(map(bool, told))
 
 
-def test_pulls_from_two_processes(field):
+def test_pulls_from_two_processes(field, whole):
     records = field.records(60, 5000, 30_000)
     for name in "ab":
         field.holder(name, frame_bytes=256 << 10)
@@ -35,7 +35,7 @@ def test_pulls_from_two_processes(field):
 
 
 @pytest.mark.parametrize("how", [KILL, STOP])
-def test_a_holder_that_dies_or_hangs_midway_is_replaced(field, how):
+def test_a_holder_that_dies_or_hangs_midway_is_replaced(field, how, whole):
     records = field.records(60)
     field.holder("a", seconds=0.01)
     field.holder("b")
@@ -69,7 +69,7 @@ def test_without_another_holder_what_is_missing_has_failed_by_the_deadline(field
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "less", "truncated", "twice", "swapped", "closing"])
-def test_what_comes_wrong_is_asked_again(field, fault):
+def test_what_comes_wrong_is_asked_again(field, fault, whole):
     records = field.records(80)
     field.holder("a", fault=fault)
     field.holder("b", fault=fault)

@@ -6,14 +6,17 @@ import threading
 import time
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
-from dynamo_kvtc.codec.record import parse_record
+from dynamo_kvtc.codec.record import CRC_OFFSET, parse_record, section_ends
 from dynamo_kvtc.errors import ConfigError, PeerGoneError
 from dynamo_kvtc.store.host import HostStore, make_arena
+from dynamo_kvtc.transfer import wire
 from dynamo_kvtc.transfer.arriving import Arriving, Expected
 from dynamo_kvtc.transfer.options import Peers, PullOptions, ServeOptions
+from dynamo_kvtc.transfer.pending import Pull
 from dynamo_kvtc.transfer.plane import Sender
 from dynamo_kvtc.transfer.pull import Puller, Wanted
 from dynamo_kvtc.transfer.serve import Server
@@ -70,7 +73,7 @@ def check(pull, records):
         assert pull.record(i) == record
 
 
-def test_the_records_that_arrive_are_the_holders(world, rng):
+def test_the_records_that_arrive_are_the_holders(world, whole, rng):
     records = make_records(rng, 60)
     world.holder("a", records)
     puller = world.puller()
@@ -96,6 +99,36 @@ def test_layer_groups_arrive_in_order_and_each_is_told_once(world, rng):
     assert sorted((a.group, a.index) for a in told) == [(g, i) for g in range(IDENTITY.groups) for i in range(40)]
     assert [a.group for a in told] == sorted(a.group for a in told)
     assert all(pull.wait_group(g, 0) == [True] * 40 for g in range(IDENTITY.groups))
+
+
+def test_whole_records_arrive_one_after_another_in_one_stretch_each(world, rng, monkeypatch):
+    """But what is left of one that has come in part is asked for by layer group."""
+    records = {rng.randbytes(32): make_record(rng, [rng.randrange(1, 3000) for _ in range(3)]) for _ in range(40)}
+    world.holder("a", records)
+    stretches: list[tuple[int, int]] = []
+    arrived = Pull.arrived
+
+    def seen(pull, holder, work, segments, payload):
+        stretches.extend((offset, length) for _, offset, length in segments)
+        arrived(pull, holder, work, segments, payload)
+
+    monkeypatch.setattr(Pull, "arrived", seen)
+    pull = world.puller().pull(wanted_of(records, "a"), 10, whole=True)
+    told = list(pull.arrivals())
+    check(pull, records)
+    assert [(a.index, a.group) for a in told] == [(i, g) for i in range(40) for g in range(IDENTITY.groups)]
+    assert stretches == [(0, len(record)) for record in records.values()]
+
+    stretches.clear()
+    key, record = next(iter(records.items()))
+    header = int.from_bytes(record[CRC_OFFSET : CRC_OFFSET + 4], "little")
+    frames: list[bytes] = []
+    sender = SimpleNamespace(frame_bytes=1 << 20, send=lambda frame, deadline: frames.append(b"".join(frame)))
+    ask = wire.Ask(wire.VERSION, 1, PEERS.namespace, PEERS.model, [wire.Item(key, len(record), header, 0b101)], True)
+    world.servers["a"]._answer(memoryview(wire.pack(ask)), sender)
+    ends = section_ends(record)
+    told = [message for message, _ in map(wire.unpack, frames) if isinstance(message, wire.Pieces)]
+    assert told[0].segments == [(0, 0, ends[1]), (0, ends[2], ends[3] - ends[2])]
 
 
 def test_who_waits_is_woken_when_a_layer_group_ends_not_at_every_frame(world, rng):
@@ -191,7 +224,7 @@ def test_a_group_can_be_decoded_while_later_ones_have_not_come(world, rng):
     check(pull, records)
 
 
-def test_into_slots_of_a_store(world, rng):
+def test_into_slots_of_a_store(world, whole, rng):
     records = make_records(rng, 30)
     world.holder("a", records)
     own = HostStore(make_arena(4 << 20))
@@ -206,7 +239,7 @@ def test_into_slots_of_a_store(world, rng):
             assert lease.record == record
 
 
-def test_slots_beside_each_other_stay_apart(world, rng):
+def test_slots_beside_each_other_stay_apart(world, whole, rng):
     records = make_records(rng, 20)
     world.holder("a", records)
     arena = bytearray(b"\xa5" * (sum(map(len, records.values())) + 16 * 21))
@@ -220,7 +253,7 @@ def test_slots_beside_each_other_stay_apart(world, rng):
         assert bytes(arena[end:start]) == b"\xa5" * (start - end)
 
 
-def test_work_is_shared_out_among_holders(world, rng):
+def test_work_is_shared_out_among_holders(world, whole, rng):
     records = make_records(rng, 90)
     for name in "abc":
         world.holder(name, records)
@@ -233,7 +266,7 @@ def test_work_is_shared_out_among_holders(world, rng):
     assert min(sent()) > 0.8 * sum(sent()) / 3
 
 
-def test_what_one_holder_lacks_comes_from_another(world, rng):
+def test_what_one_holder_lacks_comes_from_another(world, whole, rng):
     records = make_records(rng, 50)
     keys = list(records)
     world.holder("a", {k: records[k] for k in keys[:30]})
@@ -242,7 +275,7 @@ def test_what_one_holder_lacks_comes_from_another(world, rng):
     check(pull, records)
 
 
-def test_what_nobody_has_is_said_at_once(world, rng):
+def test_what_nobody_has_is_said_at_once(world, whole, rng):
     records = make_records(rng, 10)
     gone = next(iter(records))
     world.holder("a", records).remove(gone)
@@ -306,7 +339,7 @@ def test_another_size_is_another_record(world, rng):
 
 
 @pytest.mark.parametrize("name", ["profile", "point", "artifact", "rank", "groups"])
-def test_records_of_another_codec_are_never_used(world, rng, caplog, name):
+def test_records_of_another_codec_are_never_used(world, whole, rng, caplog, name):
     other = IDENTITY.__class__(**{**IDENTITY.__dict__, name: 1 if name == "profile" else 2})
     key = rng.randbytes(32)
     record = make_record(rng, [300] * other.groups, identity=other)
@@ -330,7 +363,7 @@ def test_a_record_of_another_place_is_not_used(world, rng):
     assert puller.pull([Wanted(key, len(record), ("a",), 16, 32)], 10).result() == [""]
 
 
-def test_another_record_of_the_same_key_does_not_complete_the_first(world, rng):
+def test_another_record_of_the_same_key_does_not_complete_the_first(world, whole, rng):
     """Group 2 of holder a is damaged; b has the key, but coded otherwise: only a whole record of one of them counts."""
     key, sizes = rng.randbytes(32), [900, 900, 900]
     first, second = make_record(rng, sizes), make_record(rng, sizes)
@@ -364,7 +397,7 @@ def test_a_holder_serves_its_own_namespace_and_model_only(world, rng, peers, cap
     assert f"{peers.namespace}/{peers.model}" in caplog.text
 
 
-def test_bytes_in_flight_and_on_lease_stay_within_their_limits(world, rng):
+def test_bytes_in_flight_and_on_lease_stay_within_their_limits(world, whole, rng):
     records = make_records(rng, 150, 20_000, 60_000)
     limit, leased = 256 << 10, 4 << 20
     world.holder("a", records, options=ServeOptions(leased_bytes=leased))
@@ -378,7 +411,7 @@ def test_bytes_in_flight_and_on_lease_stay_within_their_limits(world, rng):
     until(lambda: puller.stats().in_flight_bytes == 0)
 
 
-def test_a_holder_with_little_room_for_leases_answers_all_the_same(world, rng):
+def test_a_holder_with_little_room_for_leases_answers_all_the_same(world, whole, rng):
     """Asks that do not fit beside each other, and one that does not fit at all."""
     records = make_records(rng, 220, 20_000, 60_000)
     world.holder("a", records, options=ServeOptions(leased_bytes=4 << 20))
@@ -391,7 +424,7 @@ def test_a_holder_with_little_room_for_leases_answers_all_the_same(world, rng):
     assert stats.leased_peak_bytes <= 4 << 20
 
 
-def test_more_asks_than_a_holder_answers_wait(world, rng):
+def test_more_asks_than_a_holder_answers_wait(world, whole, rng):
     records = make_records(rng, 40)
     world.holder("a", records, options=ServeOptions(asks=1))
     puller = world.puller(replace(PATIENT, attempts=50))
@@ -400,7 +433,7 @@ def test_more_asks_than_a_holder_answers_wait(world, rng):
         check(pull, records)
 
 
-def test_cancel_ends_it_and_leaves_the_slots_alone(world, rng):
+def test_cancel_ends_it_and_leaves_the_slots_alone(world, whole, rng):
     records = make_records(rng, 60, 5000, 9000)
     go = threading.Event()
     world.gated("a", records, 100_000, go)

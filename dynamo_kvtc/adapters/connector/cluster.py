@@ -156,8 +156,10 @@ class Cluster:
         self, wanted: Sequence[Wanted], into: Sequence[memoryview], on_arrival: Callable[[Arrival], None]
     ) -> Pull | None:  # fmt: skip
         """None if it is refused."""
+        # Without loads by layer group nothing begins before all is here.
+        whole = self._tier.by_group is None
         try:
-            return self.puller.pull(wanted, self._options.pull_seconds, into, on_arrival)
+            return self.puller.pull(wanted, self._options.pull_seconds, into, on_arrival, whole)
         except ConfigError as exc:
             log.warning("a pull was refused: %s", exc)
             return None
